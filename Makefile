@@ -1,0 +1,54 @@
+# Everlong's front door. Each target does what it needs first, and does it again only when something changed.
+#   PRESET=release|debug|asan|cuda   which build (CMakePresets.json)      JOBS=N   parallel compile jobs
+#   EVERLONG_CUDA=AUTO|ON|OFF        CUDA kernels                         UNITY=ON|OFF   batched torch files
+#   ARGS="..."                       arguments of `make demo` and `make bench`
+PRESET ?= release
+BUILD := build/$(PRESET)
+EVERLONG_CUDA ?= AUTO
+UNITY ?= ON
+# A torch file takes up to 2.5 GB while it compiles.
+JOBS ?= $(shell awk -v cores="$$(nproc)" '/^MemAvailable/ { n = int($$2 / 2500000); print n < 1 ? 1 : n < cores ? n : cores }' /proc/meminfo)
+CUDA_CHOICE := $(if $(filter cuda asan,$(PRESET)),,-DEVERLONG_CUDA=$(EVERLONG_CUDA))
+CONFIGURE := cmake --preset $(PRESET) $(CUDA_CHOICE) $(if $(LIBTORCH_ROOT),-DLIBTORCH_ROOT=$(LIBTORCH_ROOT))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup configure build test demo bench format lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@sed -n 's/^#   /  /p' Makefile
+
+setup: ## install Debian packages and LibTorch (asks for sudo if needed); quick when all is there
+	@tools/setup --quiet
+
+# Anew when the choices differ from the last time; a changed CMakeLists.txt is ninja's business.
+configure: setup
+	@first=; if [ ! -f $(BUILD)/build.ninja ]; then first="-DEVERLONG_UNITY=$(UNITY)"; fi; \
+	if [ "$$(cat $(BUILD)/choices 2>/dev/null)" != "$(CONFIGURE)" ] || [ ! -f $(BUILD)/build.ninja ]; then \
+	  $(CONFIGURE) $$first && echo "$(CONFIGURE)" > $(BUILD)/choices; fi
+
+build: configure ## the programs, in build/release/bin
+	@cmake --build $(BUILD) -j $(JOBS) --target programs
+
+test: configure ## everything, then all tests but the slow and the GPU ones
+	@cmake --build $(BUILD) -j $(JOBS)
+	@ctest --preset $(PRESET)
+
+demo: build ## the tour: what the engine does, on this machine
+	@tools/demo $(ARGS)
+
+bench: configure ## benchmarks; ARGS="--help" lists the choices
+	@ls bench/*.cpp >/dev/null 2>&1 || { echo "make bench: there is no benchmark driver in bench/ yet" >&2; exit 1; }
+	@cmake --build $(BUILD) -j $(JOBS) --target everlong_bench
+	@$(BUILD)/bin/everlong_bench $(ARGS)
+
+format: setup ## format all sources in place
+	@tools/check_format --fix
+
+lint: configure ## formatting, layers, clang-tidy
+	@tools/check_format
+	@tools/check_layers
+	@tools/check_tidy --build $(BUILD)
+
+clean: ## remove build/ (the downloaded LibTorch in .venv stays)
+	@rm -rf build
