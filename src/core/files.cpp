@@ -1,0 +1,144 @@
+#include "core/files.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <system_error>
+
+namespace everlong {
+namespace {
+
+Status failed(std::string_view what, const fs::path& path) {
+  const int error = errno;
+  const auto code = error == ENOENT ? StatusCode::kNotFound : StatusCode::kIo;
+  return {code, cat(path.string(), ": cannot ", what, ": ", std::strerror(error))};
+}
+
+}  // namespace
+
+AtomicFile::AtomicFile(fs::path target, fs::path temporary, int descriptor)
+    : target_(std::move(target)), temporary_(std::move(temporary)), descriptor_(descriptor) {}
+
+AtomicFile::AtomicFile(AtomicFile&& other) noexcept
+    : target_(std::move(other.target_)),
+      temporary_(std::move(other.temporary_)),
+      descriptor_(std::exchange(other.descriptor_, -1)) {}
+
+AtomicFile::~AtomicFile() {
+  if (descriptor_ < 0) return;
+  ::close(descriptor_);
+  ::unlink(temporary_.c_str());
+}
+
+Result<AtomicFile> AtomicFile::create(const fs::path& path) {
+  fs::path temporary = path;
+  temporary += cat(".tmp.", ::getpid());
+  const int descriptor = ::open(temporary.c_str(), O_CREAT | O_TRUNC | O_WRONLY | O_CLOEXEC, 0644);
+  if (descriptor < 0) return failed("create", temporary);
+  return AtomicFile(path, std::move(temporary), descriptor);
+}
+
+Status AtomicFile::write(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ::ssize_t written = ::write(descriptor_, bytes.data(), bytes.size());
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      return failed("write", temporary_);
+    }
+    bytes = bytes.subspan(static_cast<std::size_t>(written));
+  }
+  return {};
+}
+
+Status AtomicFile::commit() {
+  if (::fsync(descriptor_) != 0) return failed("sync", temporary_);
+  if (::close(std::exchange(descriptor_, -1)) != 0) {
+    const Status status = failed("close", temporary_);
+    ::unlink(temporary_.c_str());
+    return status;
+  }
+  if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
+    const Status status = failed("rename into place", temporary_);
+    ::unlink(temporary_.c_str());
+    return status;
+  }
+  // The rename itself is durable only once the folder is.
+  const fs::path folder = target_.has_parent_path() ? target_.parent_path() : fs::path(".");
+  const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor >= 0) {
+    ::fsync(descriptor);
+    ::close(descriptor);
+  }
+  return {};
+}
+
+Status write_file(const fs::path& path, std::string_view text) {
+  EVERLONG_ASSIGN(auto file, AtomicFile::create(path));
+  EVERLONG_RETURN_IF_ERROR(file.write(text));
+  return file.commit();
+}
+
+Result<std::string> read_file(const fs::path& path, std::size_t limit) {
+  EVERLONG_ASSIGN(const auto file, MappedFile::open(path));
+  const auto bytes = file.bytes();
+  if (bytes.size() > limit)
+    return invalid_argument(path.string(), ": ", bytes.size(), " bytes; at most ", limit, " are read here");
+  return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+}
+
+Status make_directories(const fs::path& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  if (error) return io_error(path.string(), ": cannot create the folder: ", error.message());
+  return {};
+}
+
+MappedFile::MappedFile(fs::path path, const std::byte* data, std::size_t size)
+    : path_(std::move(path)), data_(data), size_(size) {}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : path_(std::move(other.path_)),
+      data_(std::exchange(other.data_, nullptr)),
+      size_(std::exchange(other.size_, 0)) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+Result<MappedFile> MappedFile::open(const fs::path& path) {
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) return failed("open", path);
+  struct ::stat about {};
+  if (::fstat(descriptor, &about) != 0) {
+    const Status status = failed("stat", path);
+    ::close(descriptor);
+    return status;
+  }
+  if (!S_ISREG(about.st_mode)) {
+    ::close(descriptor);
+    return io_error(path.string(), ": is not a regular file");
+  }
+  const auto size = static_cast<std::size_t>(about.st_size);
+  void* data = nullptr;
+  if (size > 0) data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, descriptor, 0);
+  const int map_error = errno;
+  ::close(descriptor);
+  if (data == MAP_FAILED) {
+    errno = map_error;
+    return failed("map", path);
+  }
+  return MappedFile(path, static_cast<const std::byte*>(data), size);
+}
+
+}  // namespace everlong

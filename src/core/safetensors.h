@@ -1,0 +1,57 @@
+// safetensors: the one container for weights, streaming state and golden cases.
+//
+// Layout: u64 little-endian header length, JSON header {name: {dtype, shape, data_offsets},
+// "__metadata__": {string: string}}, padded with spaces to 8 bytes, then the data, C order, without
+// gaps or overlaps. docs/formats.md.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/dtype.h"
+#include "core/files.h"
+
+namespace everlong {
+
+struct TensorEntry {
+  DType dtype = DType::kFloat32;
+  std::vector<std::int64_t> shape;
+  // Into the mapped file (reader) or the caller's memory (writer). A file of another writer may
+  // start a tensor at any byte, so readers copy before they look at elements.
+  std::span<const std::byte> bytes;
+};
+
+struct SafetensorsContent {
+  std::map<std::string, TensorEntry> tensors;
+  std::map<std::string, std::string> metadata;
+};
+
+// Checks a whole file in memory: every size, offset, name and overlap. Entries point into `bytes`.
+Result<SafetensorsContent> parse_safetensors(std::span<const std::byte> bytes);
+
+// A mapped file that passed parse_safetensors. Entries point into the map and live as long as the
+// object.
+class SafetensorsFile {
+ public:
+  static Result<SafetensorsFile> open(const fs::path& path);
+
+  const std::map<std::string, TensorEntry>& tensors() const { return content_.tensors; }
+  const std::map<std::string, std::string>& metadata() const { return content_.metadata; }
+  const fs::path& path() const { return file_.path(); }
+
+ private:
+  SafetensorsFile(MappedFile file, SafetensorsContent content)
+      : file_(std::move(file)), content_(std::move(content)) {}
+  MappedFile file_;
+  SafetensorsContent content_;
+};
+
+// Written to a temporary, synced, renamed. Refuses a tensor whose bytes do not fit its shape, and
+// text that is not UTF-8.
+Status write_safetensors(const fs::path& path, const std::map<std::string, TensorEntry>& tensors,
+                         const std::map<std::string, std::string>& metadata);
+
+}  // namespace everlong

@@ -1,0 +1,51 @@
+// A stream: one endless text through one model, at constant memory where the mechanisms' state is bounded.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/files.h"
+#include "kernels/sampling.h"
+#include "models/decoder.h"
+
+namespace everlong {
+
+// Not thread safe; streams over the same model are independent and the model is only read.
+class Stream {
+ public:
+  // Tokens run through the model in pieces of at most `chunk`: memory does not depend on how much is fed at once.
+  explicit Stream(std::shared_ptr<Decoder> model, std::int64_t chunk = 2048);
+
+  // Feeds any number of tokens. Ids outside the vocabulary are refused before any is fed.
+  Status feed(std::span<const std::int32_t> tokens);
+  // Feeds and returns the natural-log probability of each token given all before it, carried state included. The
+  // first token of a fresh stream has none: its entry is NaN.
+  Result<std::vector<float>> score(std::span<const std::int32_t> tokens);
+  // fp32 [vocab], the prediction after the last token fed; empty before the first.
+  std::span<const float> logits() const { return logits_; }
+  // Draws the next token from logits() and feeds it. Refused on a fresh stream.
+  Result<std::int32_t> generate(Sampler& sampler);
+
+  std::int64_t position() const;      // tokens fed
+  std::int64_t state_bytes() const;
+  std::int64_t state_bytes_bound() const;  // at the present position
+  const Decoder& model() const { return *model_; }
+
+  void reset();
+  Stream clone() const;               // a fork: both go on independently
+
+  // One safetensors file (docs/formats.md): state of every layer, position, last logits, model fingerprint, format
+  // version. load() refuses a file of another model or version, and then leaves the stream as it was.
+  Status save(const fs::path& path) const;
+  Status load(const fs::path& path);
+
+ private:
+  std::shared_ptr<Decoder> model_;
+  ModelState state_;
+  std::vector<float> logits_;
+  std::int64_t chunk_;
+};
+
+}  // namespace everlong
