@@ -8,6 +8,18 @@
 
 #include "core/text.h"
 #include "ops/operator.h"
+#include "support/tolerance.h"
+
+// The ledger by torch's names of the types.
+namespace everlong::tolerance {
+
+constexpr DType of(c10::ScalarType dtype) {
+  return dtype == c10::kDouble ? DType::kFloat64 : dtype == c10::kFloat ? DType::kFloat32 : DType::kBFloat16;
+}
+constexpr double floor_of(c10::ScalarType dtype) { return floor_of(of(dtype)); }
+constexpr double split_of(c10::ScalarType dtype) { return split_of(of(dtype)); }
+
+}  // namespace everlong::tolerance
 
 namespace everlong::test {
 

@@ -1,6 +1,6 @@
 // The tolerance ledger: every bound that a test compares with, once, with its reason. Loosening one is its own commit.
 #pragma once
-#include <c10/core/ScalarType.h>
+#include "core/dtype.h"
 
 namespace everlong::tolerance {
 
@@ -14,19 +14,19 @@ inline constexpr double kFiniteDifference = 1e-6;
 
 // Law 1 allows a form twice the error of the naive form in its own dtype plus this share of the largest value: naive
 // may be exact by luck on a tiny case. A few ulps of the dtype.
-constexpr double floor_of(c10::ScalarType dtype) {
+constexpr double floor_of(DType dtype) {
   switch (dtype) {
-    case c10::ScalarType::Double: return 4e-15;
-    case c10::ScalarType::Float: return 4e-6;    // 30 ulps: sums of 1000 terms in another order
+    case DType::kFloat64: return 4e-15;
+    case DType::kFloat32: return 4e-6;    // 30 ulps: sums of 1000 terms in another order
     default: return 1.6e-2;                      // bf16: 2 ulps of 2^-8, inputs and output rounded once each
   }
 }
 
 // A split against one pass, in one dtype: the same sums in another order.
-constexpr double split_of(c10::ScalarType dtype) {
+constexpr double split_of(DType dtype) {
   switch (dtype) {
-    case c10::ScalarType::Double: return 1e-11;
-    case c10::ScalarType::Float: return 2e-5;
+    case DType::kFloat64: return 1e-11;
+    case DType::kFloat32: return 2e-5;
     default: return 2e-2;
   }
 }
