@@ -37,8 +37,8 @@ class Descriptor {
   int number_;
 };
 
-// Ours first, the child's second. A socket and not a pipe: send() can be told to raise no SIGPIPE when the child closes
-// its stdin early, which would end this whole program.
+// Ours first, the child's second. A socket and not a pipe: send() can be told to raise no SIGPIPE
+// when the child closes its stdin early, which would end this whole program.
 Result<std::pair<Descriptor, Descriptor>> channel() {
   int both[2];
   if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, both) != 0)
@@ -69,7 +69,8 @@ std::vector<char*> pointers(std::vector<std::string>& texts) {
 Result<::pid_t> spawn(const Process& process, int input, int output, int errors) {
   ::posix_spawn_file_actions_t actions;
   ::posix_spawn_file_actions_init(&actions);
-  if (!process.folder.empty()) ::posix_spawn_file_actions_addchdir_np(&actions, process.folder.c_str());
+  if (!process.folder.empty())
+    ::posix_spawn_file_actions_addchdir_np(&actions, process.folder.c_str());
   if (input >= 0) {
     ::posix_spawn_file_actions_adddup2(&actions, input, STDIN_FILENO);
   } else {
@@ -77,7 +78,8 @@ Result<::pid_t> spawn(const Process& process, int input, int output, int errors)
   }
   ::posix_spawn_file_actions_adddup2(&actions, output, STDOUT_FILENO);
   ::posix_spawn_file_actions_adddup2(&actions, errors, STDERR_FILENO);
-  // Signals that this program ignores or blocks (SIGPIPE, SIGINT while finishing a step) are the child's to take.
+  // Signals that this program ignores or blocks (SIGPIPE, SIGINT while finishing a step) are the
+  // child's to take.
   ::posix_spawnattr_t attributes;
   ::posix_spawnattr_init(&attributes);
   ::sigset_t taken, none;
@@ -91,8 +93,8 @@ Result<::pid_t> spawn(const Process& process, int input, int output, int errors)
   std::vector<std::string> command = process.command;
   std::vector<std::string> environment = merged_environment(process);
   ::pid_t child = -1;
-  const int error = ::posix_spawnp(&child, command[0].c_str(), &actions, &attributes, pointers(command).data(),
-                                   pointers(environment).data());
+  const int error = ::posix_spawnp(&child, command[0].c_str(), &actions, &attributes,
+                                   pointers(command).data(), pointers(environment).data());
   ::posix_spawn_file_actions_destroy(&actions);
   ::posix_spawnattr_destroy(&attributes);
   if (error == 0) return child;
@@ -168,17 +170,20 @@ Result<ProcessResult> run_process(const Process& process) {
     }
     if (waiting[1].revents != 0) {
       result.errors += take(errors.first, buffer);
-      if (result.errors.size() > kErrorTail) result.errors.erase(0, result.errors.size() - kErrorTail);
+      if (result.errors.size() > kErrorTail)
+        result.errors.erase(0, result.errors.size() - kErrorTail);
     }
     if (waiting[2].revents != 0) {
-      const ::ssize_t sent = ::send(input.first.get(), left.data(), left.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
+      const ::ssize_t sent =
+          ::send(input.first.get(), left.data(), left.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
       if (sent > 0) left.remove_prefix(static_cast<std::size_t>(sent));
       const bool stopped_reading = sent < 0 && errno != EINTR && errno != EAGAIN;
       if (left.empty() || stopped_reading) input.first.close();
     }
   }
   result.exit_code = child.wait();
-  if (result.exit_code == 128 + SIGINT) return Status(StatusCode::kInterrupted, cat(process.command[0], ": interrupted"));
+  if (result.exit_code == 128 + SIGINT)
+    return Status(StatusCode::kInterrupted, cat(process.command[0], ": interrupted"));
   return result;
 }
 

@@ -6,7 +6,8 @@ namespace everlong {
 namespace {
 
 TEST(Process, PassesArgumentsUntouchedAndKeepsBothOutputs) {
-  const auto result = run_process({.command = {"sh", "-c", "printf %s \"$1\"; echo oops >&2; exit 3", "sh", "a b'*\"$HOME"}});
+  const auto result = run_process(
+      {.command = {"sh", "-c", "printf %s \"$1\"; echo oops >&2; exit 3", "sh", "a b'*\"$HOME"}});
   ASSERT_TRUE(result.ok()) << result.status().message();
   EXPECT_EQ(result->output, "a b'*\"$HOME");
   EXPECT_EQ(result->errors, "oops\n");
@@ -29,9 +30,10 @@ TEST(Process, ChildThatStopsReadingEndsNothingElse) {
 }
 
 TEST(Process, FolderAndEnvironmentAreTheChilds) {
-  const auto result = run_process({.command = {"sh", "-c", "pwd; echo $EVERLONG_X; test -n \"$PATH\""},
-                                   .folder = "/",
-                                   .environment = {{"EVERLONG_X", "1=2"}}});
+  const auto result =
+      run_process({.command = {"sh", "-c", "pwd; echo $EVERLONG_X; test -n \"$PATH\""},
+                   .folder = "/",
+                   .environment = {{"EVERLONG_X", "1=2"}}});
   ASSERT_TRUE(result.ok());
   EXPECT_EQ(result->output, "/\n1=2\n");
   EXPECT_EQ(result->exit_code, 0);
@@ -45,7 +47,8 @@ TEST(Process, MissingProgramIsNotFound) {
 }
 
 TEST(Process, FailingReaderStopsTheProgram) {
-  const auto result = run_process({.command = {"yes"}, .output = [](std::string_view) { return io_error("disk full"); }});
+  const auto result = run_process(
+      {.command = {"yes"}, .output = [](std::string_view) { return io_error("disk full"); }});
   ASSERT_FALSE(result.ok());
   EXPECT_EQ(result.status().message(), "disk full");
 }

@@ -17,6 +17,8 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
+  // Corrects the total where it is only estimated: work that a time limit may end.
+  void set_total(std::int64_t total) { total_ = total > 0 ? total : 1; }
   void update(std::int64_t done, std::string_view note = "");
   // Ends the bar with a last full line. Called by the destructor as well.
   void finish(std::string_view note = "");

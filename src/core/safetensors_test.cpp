@@ -103,8 +103,9 @@ TEST(Safetensors, EveryTruncationIsRefused) {
     const auto content = parse_safetensors(std::as_bytes(std::span(cut)));
     ASSERT_FALSE(content.ok()) << size << " bytes were accepted";
     // A cut inside the header is seen before the header is read.
-    if (size >= 8 && size < 8 + header_bytes)
+    if (size >= 8 && size < 8 + header_bytes) {
       EXPECT_NE(content.status().message().find("runs past the end"), std::string::npos) << size;
+    }
   }
   const std::string longer = text + "x";
   EXPECT_FALSE(parse_safetensors(std::as_bytes(std::span(longer))).ok())

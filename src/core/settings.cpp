@@ -12,7 +12,7 @@ Settings::Settings(const nlohmann::json& object, std::string place) : object_(ob
   }
 }
 
-void Settings::fail(Status status) {
+void Settings::fail(const Status& status) {
   if (first_error_.ok()) first_error_ = status.at(place_);
 }
 

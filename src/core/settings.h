@@ -28,7 +28,7 @@ class Settings {
   nlohmann::json raw(const std::string& key);
   bool has(const std::string& key) const;
 
-  void fail(Status status);
+  void fail(const Status& status);
   Status finish() const;
 
  private:

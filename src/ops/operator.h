@@ -37,7 +37,7 @@ struct OpResult {
 // What a random case for the laws and the benchmark looks like.
 struct OpShape {
   std::int64_t batch = 1, tokens = 64, heads = 2, kv_heads = 2, key_dim = 16, value_dim = 16;
-  std::vector<std::int64_t> cu_seqlens;  // then batch = 1 and tokens = cu_seqlens.back()
+  std::vector<std::int64_t> cu_seqlens = {};  // then batch = 1 and tokens = cu_seqlens.back()
   bool initial_state = false;
   std::uint64_t seed = 0;
   nlohmann::json params = nlohmann::json::object();  // overrides of the room's own parameters, e.g. {"window": 8}

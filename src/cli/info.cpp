@@ -1,0 +1,116 @@
+#include <nlohmann/json.hpp>
+
+#include "cli/commands.h"
+#include "cli/shared_options.h"
+#include "cli/terminal.h"
+#include "core/text.h"
+#include "mechanisms/mechanism.h"
+
+namespace everlong::cli {
+namespace {
+
+constexpr std::int64_t kNear = 1 << 10, kFar = 1 << 20;  // tokens at which the bound is shown
+
+struct InfoCommand {
+  std::string model;
+  PlaceOptions place;
+  bool why = false, json = false;
+
+  Status run() const { return model.empty() ? list_mechanisms() : describe_model(); }
+
+ private:
+  Status list_mechanisms() const;
+  Status describe_model() const;
+};
+
+Status InfoCommand::list_mechanisms() const {
+  auto all = nlohmann::ordered_json::array();
+  std::string lacking;
+  Table table({"mechanism", "what it is", "carries", "source"}, {0, 1, 2, 3});
+  for (const Mechanism* room : mechanisms()) {
+    nlohmann::ordered_json entry = {{"name", room->name}, {"title", room->title}, {"source", room->source},
+                                    {"carries", room->carries}, {"lacks", nlohmann::ordered_json::array()},
+                                    {"operators", nlohmann::ordered_json::array()}};
+    for (const Lack& lack : room->lacks) {
+      entry["lacks"].push_back({{"what", lack.what}, {"why", lack.why}});
+      lacking += cat("  ", room->name, " lacks ", lack.what, ": ", lack.why, "\n");
+    }
+    for (const Operator* op : room->operators) {
+      auto forms = nlohmann::ordered_json::array();
+      std::vector<std::string> names;
+      for (const OpForm& form : op->forms()) {
+        forms.push_back({{"name", form.name}, {"cpu", form.cpu}, {"cuda", form.cuda}, {"low_precision", form.low_precision}});
+        names.push_back(form.name);
+      }
+      entry["operators"].push_back({{"kind", std::string(op->kind())}, {"forms", forms}});
+    }
+    all.push_back(std::move(entry));
+    table.add({room->name, room->title, room->carries, room->source});
+  }
+  if (json) {
+    print_json(all);
+    return {};
+  }
+  print(table.text());
+  if (!lacking.empty()) print(cat("\nDeclared as lacking:\n", lacking));
+  return {};
+}
+
+Status InfoCommand::describe_model() const {
+  const ModelOptions options{model, place};
+  EVERLONG_ASSIGN(const auto loaded, options.load());
+  Decoder& decoder = *loaded.model;
+  const ModelConfig& config = decoder.config();
+  const ModelState state = decoder.make_state(1);
+  nlohmann::ordered_json object = {{"model", loaded.folder.string()},
+                                   {"parameters", decoder.parameter_count()},
+                                   {"fingerprint", fingerprint(decoder)},
+                                   {"config", nlohmann::ordered_json::parse(config.to_json().dump())},
+                                   {"state_bytes", state.bytes()},
+                                   {"state_bytes_bound_1k", state.bytes_bound(kNear)},
+                                   {"state_bytes_bound_1m", state.bytes_bound(kFar)},
+                                   {"layers", nlohmann::ordered_json::array()}};
+  std::vector<std::string> head = {"layer", "mechanism", "state at 1K", "at 1M tokens"};
+  if (why) head.emplace_back("path");
+  Table table(std::move(head), {0, 1, 4});
+  const auto size = [](std::int64_t bytes) { return human_bytes(static_cast<double>(bytes)); };
+  for (std::int64_t i = 0; i < config.num_layers(); ++i) {
+    const auto index = static_cast<std::size_t>(i);
+    const std::string path = decoder.mixer(i).path(loaded.place.device);
+    const std::int64_t near = state.layer(index).bytes_bound(kNear), far = state.layer(index).bytes_bound(kFar);
+    object["layers"].push_back({{"mechanism", config.layer_types[index]}, {"path", path},
+                                {"state_bytes_bound_1k", near}, {"state_bytes_bound_1m", far}});
+    std::vector<std::string> row = {cat(i), config.layer_types[index], size(near), size(far)};
+    if (why) row.push_back(path);
+    table.add(std::move(row));
+  }
+  object.update(describe(loaded.place));
+  if (json) {
+    print_json(object);
+    return {};
+  }
+  table.add({"all", "", size(state.bytes_bound(kNear)), size(state.bytes_bound(kFar))});
+  print(cat(loaded.folder.string(), ": ", with_commas(decoder.parameter_count()), " parameters, ", config.block,
+            " blocks of width ", config.hidden_size, ", vocabulary ", config.vocab_size, " (", config.tokenizer, "), on ",
+            loaded.place.device.str(), "\n\n", table.text()));
+  return {};
+}
+
+}  // namespace
+
+void add_info(Command& program) {
+  static InfoCommand command;
+  Command info = program.subcommand(
+      "info", "The mechanisms, or what a model is made of",
+      "Without a model: the mechanisms of this program and what each declares to lack. With one: its layers, the bytes "
+      "of state each may hold, and with --why the code that runs it on this machine.");
+  info.option("-m,--model DIR", command.model, "model folder, or a run folder that holds one");
+  command.place.add(info);
+  info.flag("--why", command.why, "which path runs in each layer");
+  info.flag("--json", command.json, "print JSON");
+  info.example("everlong info");
+  info.example("everlong info --model runs/demo --why");
+  info.run([] { return command.run(); });
+}
+
+}  // namespace everlong::cli

@@ -1,0 +1,274 @@
+#include "eval/report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "core/text.h"
+#include "eval/plot.h"
+
+namespace everlong {
+namespace {
+
+using nlohmann::ordered_json;
+
+constexpr std::size_t kMostLogBytes = std::size_t{1} << 30;
+
+// Null when the file is not there: a report shows what there is.
+Result<ordered_json> read_optional(const fs::path& path) {
+  const auto text = read_file(path);
+  if (text.status().code() == StatusCode::kNotFound) return ordered_json();
+  if (!text.ok()) return text.status();
+  auto value = ordered_json::parse(*text, nullptr, /*allow_exceptions=*/false);
+  if (value.is_discarded()) return corrupt(path.string(), ": is not JSON; make it again with --json");
+  return value;
+}
+
+double number(const ordered_json& object, const char* key) {
+  return object.is_object() && object.contains(key) && object.at(key).is_number() ? object.at(key).get<double>()
+                                                                                 : std::nan("");
+}
+
+std::string word(const ordered_json& object, const char* key) {
+  return object.is_object() && object.contains(key) && object.at(key).is_string() ? object.at(key).get<std::string>()
+                                                                                 : "";
+}
+
+const ordered_json& list(const ordered_json& object, const char* key) {
+  static const ordered_json kEmpty = ordered_json::array();
+  return object.is_object() && object.contains(key) && object.at(key).is_array() ? object.at(key) : kEmpty;
+}
+
+std::string whole(double value) { return with_commas(static_cast<std::int64_t>(std::llround(value))); }
+
+struct Run {
+  fs::path folder;
+  std::vector<ordered_json> log;
+  ordered_json config, train, baselines, perplexity, streaming, sample;
+};
+
+Result<Run> read_run(const fs::path& folder) {
+  Run run;
+  run.folder = folder;
+  const auto log = read_file(folder / kLogFile, kMostLogBytes);
+  if (!log.ok())
+    return log.status().at(cat(folder.string(), ": no training log, so this is not a run folder; make one with: "
+                                                "everlong train RUN.toml --out ", folder.string()));
+  std::istringstream lines(*log);
+  for (std::string line; std::getline(lines, line);)
+    if (auto entry = ordered_json::parse(line, nullptr, false); entry.is_object()) run.log.push_back(std::move(entry));
+  EVERLONG_ASSIGN(run.config, read_optional(folder / "model" / "config.json"));
+  EVERLONG_ASSIGN(run.train, read_optional(folder / kTrainFile));
+  EVERLONG_ASSIGN(run.baselines, read_optional(folder / kBaselinesFile));
+  EVERLONG_ASSIGN(run.perplexity, read_optional(folder / kPerplexityFile));
+  EVERLONG_ASSIGN(run.streaming, read_optional(folder / kStreamingFile));
+  EVERLONG_ASSIGN(run.sample, read_optional(folder / kSampleFile));
+  return run;
+}
+
+// Bits per byte of the model on held-out text: of the stream when it was scored, else of the perplexity run.
+double model_bits(const Run& run) {
+  const double streamed = number(run.streaming, "bits_per_byte");
+  return std::isfinite(streamed) ? streamed : number(run.perplexity, "bits_per_byte");
+}
+
+struct Bar {
+  std::string name;
+  double bits;
+  bool ours;
+};
+
+std::vector<Bar> bars(const Run& run) {
+  std::vector<Bar> out;
+  for (const auto& entry : list(run.baselines, "baselines"))
+    if (const double bits = number(entry, "bits_per_byte"); std::isfinite(bits))
+      out.push_back({word(entry, "name"), bits, false});
+  if (const double bits = model_bits(run); std::isfinite(bits)) out.push_back({"this model", bits, true});
+  std::ranges::sort(out, [](const Bar& a, const Bar& b) { return a.bits > b.bits; });
+  return out;
+}
+
+std::string figure(const Plot& plot, std::string_view caption) {
+  return cat("<figure>", svg(plot), "<figcaption>", caption, "</figcaption></figure>\n");
+}
+
+std::string row(std::initializer_list<std::string> cells, const char* tag = "td") {
+  std::string out = "<tr>";
+  for (const auto& cell : cells) out += cat("<", tag, ">", html_escape(cell), "</", tag, ">");
+  return out + "</tr>";
+}
+
+std::string bits_table(const Run& run) {
+  const auto all = bars(run);
+  if (all.empty()) return "";
+  std::string out = "<h2>Held-out text, bits per byte</h2>\n<div class=\"bars\">";
+  for (const auto& bar : all)
+    out += cat("<span>", html_escape(bar.name), "</span><span class=\"track\"><i", bar.ours ? " class=\"ours\"" : "",
+               " style=\"width:", fixed(100 * bar.bits / all.front().bits, 1), "%\"></i></span><b>",
+               fixed(bar.bits, 3), "</b>");
+  return out + "</div>\n<p>Fewer is better; 8 would be no knowledge at all. All read the same held-out bytes.</p>\n";
+}
+
+std::string loss_figure(const Run& run) {
+  Plot plot{.title = "Loss", .x_label = "step", .y_label = "nats per token"};
+  Series train{.name = "training"}, valid{.name = "held out", .markers = true};
+  for (const auto& entry : run.log) {
+    const double step = number(entry, "step"), loss = number(entry, "loss"), held_out = number(entry, "valid_loss");
+    if (std::isfinite(loss)) train.points.emplace_back(step, loss);
+    if (std::isfinite(held_out)) valid.points.emplace_back(step, held_out);
+  }
+  plot.series.push_back(std::move(train));
+  if (!valid.points.empty()) plot.series.push_back(std::move(valid));
+  return figure(plot, "Mean loss of the steps, and of held-out text read as one stream.");
+}
+
+std::string position_figure(const Run& run) {
+  const bool streamed = !list(run.streaming, "buckets").empty();
+  const auto& buckets = list(streamed ? run.streaming : run.perplexity, "buckets");
+  if (buckets.empty()) return "";
+  Plot plot{.title = "Bits per byte by position in the stream", .x_label = "tokens read before", .y_label = "bits per byte",
+            .log_x = true};
+  Series model{.name = "this model", .markers = true};
+  for (const auto& bucket : buckets) {
+    // The middle of the bucket on the logarithmic axis; the first one starts at 0.
+    const double begin = std::max(number(bucket, "begin"), 64.0);
+    const double end = std::min(number(bucket, "end"), std::max(number(run.streaming, "tokens"), begin + 1));
+    if (number(bucket, "tokens") > 0) model.points.emplace_back(std::sqrt(begin * end), number(bucket, "bits_per_byte"));
+  }
+  plot.series.push_back(std::move(model));
+  for (const auto& bar : bars(run))
+    if (!bar.ours) plot.levels.push_back({bar.name, bar.bits});
+  return figure(plot, "Buckets four times as long as the one before. Flat to the right: what the model knows does not "
+                      "wear off as the stream grows.");
+}
+
+std::string streaming_figures(const Run& run) {
+  const auto& windows = list(run.streaming, "windows");
+  if (windows.empty()) return "";
+  Series observed{.name = "as it streamed"}, timed{.name = "timed at the marks", .markers = true};
+  Series resident{.name = "process (resident)"}, state{.name = "state"};
+  for (const auto& window : windows) {
+    const double at = number(window, "end");
+    observed.points.emplace_back(at, number(window, "tokens_per_second"));
+    resident.points.emplace_back(at, number(window, "resident_bytes"));
+    state.points.emplace_back(at, number(window, "state_bytes"));
+  }
+  for (const auto& mark : list(run.streaming, "marks"))
+    if (std::isfinite(number(mark, "tokens_per_second")))
+      timed.points.emplace_back(number(mark, "tokens"), number(mark, "tokens_per_second"));
+  Plot speed{.title = "Speed by position in the stream", .x_label = "tokens read before", .y_label = "tokens per second",
+             .series = {observed}, .log_x = true, .from_zero = true};
+  if (!timed.points.empty()) speed.series.push_back(timed);
+  const Plot memory{.title = "Memory of the process by position", .x_label = "tokens read before", .y_label = "bytes",
+                    .series = {resident}, .log_x = true, .from_zero = true, .bytes = true};
+  const Plot carried{.title = "State by position: all that the model remembers", .x_label = "tokens read before",
+                     .y_label = "bytes", .series = {state}, .log_x = true, .from_zero = true, .bytes = true};
+  return figure(speed, "The line is the stream as it went, with whatever else the machine did. The dots time the same "
+                       "feed from copies of the stream at each mark, taking turns, median of several rounds.") +
+         figure(memory, "Resident memory: program, libraries, weights, buffers, and the text as it is read.") +
+         figure(carried, "One matrix per head and layer where the mechanism's state is bounded; softmax layers grow.");
+}
+
+std::string marks_table(const Run& run) {
+  const auto& marks = list(run.streaming, "marks");
+  if (marks.empty()) return "";
+  std::string out = "<h2>One stream</h2>\n<table>" +
+                    row({"tokens", "tokens/s", "as it streamed", "state", "resident memory"}, "th");
+  for (const auto& mark : marks) {
+    const double timed = number(mark, "tokens_per_second");
+    out += row({whole(number(mark, "tokens")), std::isfinite(timed) ? whole(timed) : "", whole(number(mark, "observed")),
+                human_bytes(number(mark, "state_bytes")), human_bytes(number(mark, "resident_bytes"))});
+  }
+  return out + "</table>\n";
+}
+
+std::string sample_section(const Run& run) {
+  if (word(run.sample, "text").empty()) return "";
+  return cat("<h2>A continuation</h2>\n<p>The model's own words at temperature ",
+             fixed(number(run.sample, "temperature"), 1), "; the prompt is in bold.</p>\n<pre><b>",
+             html_escape(word(run.sample, "prompt")), "</b>", html_escape(word(run.sample, "text")), "</pre>\n");
+}
+
+std::string layers_text(const ordered_json& config) {
+  std::vector<std::pair<std::string, int>> runs;
+  for (const auto& layer : list(config, "layer_types")) {
+    const std::string name = layer.is_string() ? layer.get<std::string>() : "?";
+    if (runs.empty() || runs.back().first != name) runs.emplace_back(name, 0);
+    ++runs.back().second;
+  }
+  std::string out;
+  for (const auto& [name, count] : runs) out += cat(out.empty() ? "" : ", ", count, " × ", name);
+  return out;
+}
+
+std::string facts(const Run& run) {
+  std::string out = "<h2>About this run</h2>\n<table class=\"facts\">";
+  const auto add = [&](const std::string& name, const std::string& value) {
+    if (!value.empty()) out += row({name, value});
+  };
+  const auto count = [&](const ordered_json& object, const char* key) {
+    const double value = number(object, key);
+    return std::isfinite(value) ? whole(value) : std::string();
+  };
+  add("layers", layers_text(run.config));
+  add("width", count(run.config, "hidden_size"));
+  add("parameters", count(run.train, "parameters"));
+  add("steps", count(run.train, "steps"));
+  add("tokens trained on", count(run.train, "tokens"));
+  if (const double seconds = number(run.train, "seconds"); std::isfinite(seconds))
+    add("training", cat(human_duration(seconds), ", ", count(run.train, "tokens_per_second"), " tokens/s"));
+  const auto& where = run.streaming.is_object() ? run.streaming : run.train;
+  add("device", cat(word(where, "device"), word(where, "dtype").empty() ? "" : ", ", word(where, "dtype")));
+  add("machine", cat(word(where, "machine"), std::isfinite(number(where, "threads"))
+                                                 ? cat(", ", count(where, "threads"), " threads") : ""));
+  add("commit", word(where, "commit"));
+  return out + "</table>\n";
+}
+
+std::string missing(const Run& run) {
+  std::string out;
+  const std::string model = (run.folder / "model").string();
+  const auto hint = [&](bool there, const std::string& what, const std::string& command, const char* file) {
+    if (!there) out += cat("<li>", what, ": <code>", html_escape(cat(command, " > ", (run.folder / file).string())), "</code></li>");
+  };
+  hint(run.streaming.is_object(), "speed and memory by position", cat("everlong stream --model ", model, " --data DATA --json"),
+       kStreamingFile);
+  hint(run.baselines.is_object(), "baselines", "everlong eval baselines --data DATA --json", kBaselinesFile);
+  hint(run.sample.is_object(), "a continuation", cat("everlong generate --model ", model, " --prompt TEXT --json"), kSampleFile);
+  return out.empty() ? "" : cat("<h2>Not measured yet</h2>\n<ul>", out, "</ul>\n");
+}
+
+constexpr const char* kPageStyle = R"(
+body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 760px; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p, figcaption { color: var(--soft); } figure { margin: 1.6rem 0; } figcaption { font-size: 13px; margin-top: .2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--rule); text-align: right; }
+th { color: var(--soft); font-weight: 500; } .facts td { text-align: left; } .facts td:first-child { color: var(--soft); }
+pre { border: 1px solid var(--rule); border-radius: 6px; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 13px/1.45 ui-monospace, monospace; }
+code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .35rem .8rem; align-items: center; }
+.track i { display: block; height: 12px; border-radius: 3px; background: var(--axis); } .track i.ours { background: var(--c0); }
+)";
+
+}  // namespace
+
+Result<std::string> render_report(const fs::path& folder) {
+  EVERLONG_ASSIGN(const auto run, read_run(folder));
+  const std::string title = cat("Everlong: ", fs::path(folder).lexically_normal().string());
+  std::string summary = layers_text(run.config);
+  if (const double bits = model_bits(run); std::isfinite(bits)) summary += cat("; ", fixed(bits, 3), " bits per byte on held-out text");
+  if (const double tokens = number(run.streaming, "tokens"); std::isfinite(tokens))
+    summary += cat("; ", whole(tokens), " tokens in one stream");
+  return cat("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
+             "content=\"width=device-width, initial-scale=1\">\n<title>", html_escape(title), "</title>\n<style>",
+             plot_style(), kPageStyle, "</style></head>\n<body>\n<h1>", html_escape(title), "</h1>\n<p>",
+             html_escape(summary), "</p>\n", bits_table(run), marks_table(run), streaming_figures(run),
+             position_figure(run), loss_figure(run), sample_section(run), facts(run), missing(run), "</body></html>\n");
+}
+
+}  // namespace everlong

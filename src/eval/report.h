@@ -1,0 +1,20 @@
+// A training run and what was measured on its model, as one page that opens anywhere.
+#pragma once
+#include <string>
+
+#include "core/files.h"
+
+namespace everlong {
+
+// Files of a run folder that the report reads; each may be missing, log.jsonl excepted. docs/formats.md.
+inline constexpr const char* kLogFile = "log.jsonl";               // written by training
+inline constexpr const char* kTrainFile = "train.json";            // everlong train --json
+inline constexpr const char* kBaselinesFile = "baselines.json";    // everlong eval baselines --json
+inline constexpr const char* kPerplexityFile = "perplexity.json";  // everlong eval perplexity --json
+inline constexpr const char* kStreamingFile = "streaming.json";    // everlong stream --json
+inline constexpr const char* kSampleFile = "sample.json";          // everlong generate --json
+
+// HTML with inline SVG: no scripts, no links to elsewhere, light and dark.
+Result<std::string> render_report(const fs::path& run_folder);
+
+}  // namespace everlong

@@ -1,0 +1,51 @@
+// Decayed linear attention on tensors: the composite form, in ATen operations, for any device and
+// floating dtype.
+//
+//   S_t = exp(-s_h) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t
+//
+// Legend: B batch, T tokens, H heads, K key dim, V value dim, N sequences.
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "mechanisms/lightning/op_decay.h"
+#include "ops/operator.h"
+
+namespace everlong::lightning {
+
+struct Attention {
+  at::Tensor o_BTHV;      // dtype of v
+  at::Tensor state_NHKV;  // fp32, or fp64 for fp64 inputs; storage of its own
+};
+
+// q, k [B, T, H, K], v [B, T, H, V]: one floating dtype and device, free strides. cu_seqlens (on
+// the host): N+1 offsets of sequences packed into B = 1, empty ones legal; empty: N = B. state [N,
+// H, K, V], any floating dtype; none: zero. T = 0 and 1 are legal; one token costs one state
+// update.
+//
+// Products accumulate in the state's dtype. Differentiable once in q, k, v and state; the backward
+// pass keeps q, k, v and one state a block. Throws c10::ValueError before any work when the
+// arguments do not fit. Thread safe. On CUDA it waits for nothing; packed lines and the first use
+// of a Decay copy small tables to the device.
+Attention decay_linear_attention(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK,
+                                 const at::Tensor& v_BTHV, const Decay& decay,
+                                 at::IntArrayRef cu_seqlens = {},
+                                 const std::optional<at::Tensor>& state_NHKV = std::nullopt);
+
+// The plain quadratic form in the dtype of the inputs, masks and sums included: the yardstick of
+// rounding. Autograd differentiates it. Same arguments.
+Attention naive(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK, const at::Tensor& v_BTHV,
+                const Decay& decay, at::IntArrayRef cu_seqlens = {},
+                const std::optional<at::Tensor>& state_NHKV = std::nullopt);
+
+// What both refuse, as a Status.
+Status check_arguments(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK, const at::Tensor& v_BTHV,
+                       const Decay& decay, at::IntArrayRef cu_seqlens,
+                       const std::optional<at::Tensor>& state_NHKV);
+
+// "decay_linear_attention" and "slopes", as the laws, golden_check and the benchmark see them.
+const Operator& attention_operator();
+const Operator& slopes_operator();
+
+}  // namespace everlong::lightning

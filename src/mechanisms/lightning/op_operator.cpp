@@ -1,0 +1,358 @@
+// The room's operators behind the interface that the laws, golden_check and the benchmark use.
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <limits>
+
+#include "mechanisms/lightning/op.h"
+#include "mechanisms/lightning/reference.h"
+
+namespace everlong::lightning {
+namespace {
+
+using at::Tensor;
+
+constexpr std::int64_t kReferenceChunk = 64;
+// Beyond this length the reference takes its chunk form: the quadratic one would need minutes, and
+// they agree to 1e-12.
+constexpr std::int64_t kLongestParallel = 2048;
+
+std::vector<double> to_vector(const Tensor& t) {
+  const Tensor flat = t.detach().to(at::kCPU, at::kDouble).contiguous();
+  return {flat.data_ptr<double>(), flat.data_ptr<double>() + flat.numel()};
+}
+Tensor to_tensor(const std::vector<double>& values, at::IntArrayRef sizes) {
+  return at::tensor(values, at::kDouble).view(sizes);
+}
+
+// The tensors of a call by name, present and of a sensible kind; the rest is check_arguments'
+// business.
+struct Arguments {
+  Tensor q, k, v;
+  std::optional<Tensor> state;
+  std::optional<Decay> decay;
+};
+
+Result<Arguments> arguments_of(const OpCall& call) {
+  for (const auto& [name, t] : call.inputs)
+    if (name != "q" && name != "k" && name != "v" && name != "slope")
+      return invalid_argument("lightning: \"", name, "\" is not an input; q, k, v, slope are");
+  for (const char* name : {"q", "k", "v", "slope"})
+    if (!call.inputs.contains(name))
+      return invalid_argument("lightning: input ", name, " is missing");
+  for (const auto& [name, t] : call.state)
+    if (name != "S")
+      return invalid_argument("lightning: \"", name, "\" is no state; the state is S [N, H, K, V]");
+  const Tensor& slope = call.inputs.at("slope");
+  if (slope.dim() != 1 || !slope.is_floating_point())
+    return invalid_argument("lightning: slope is ", slope.scalar_type(), " ", slope.sizes(),
+                            "; floating numbers [H], one per head, are needed");
+  const auto scale = call.params.find("scale");
+  if (scale != call.params.end() && !scale->is_number())
+    return invalid_argument("lightning: scale = ", scale->dump(),
+                            " is not allowed; a finite number is needed");
+  Arguments a{call.inputs.at("q"), call.inputs.at("k"), call.inputs.at("v"), std::nullopt,
+              std::nullopt};
+  if (call.state.contains("S")) a.state = call.state.at("S");
+  a.decay.emplace(to_vector(slope), scale == call.params.end() ? 1.0 : scale->get<double>());
+  EVERLONG_RETURN_IF_ERROR(check_arguments(a.q, a.k, a.v, *a.decay, call.cu_seqlens, a.state));
+  return a;
+}
+
+enum class ReferenceForm { kParallel, kChunked, kRecurrent };
+
+Result<OpResult> run_reference(ReferenceForm form, const OpCall& call, const Arguments& a) {
+  if (a.q.scalar_type() != at::kDouble || !a.q.device().is_cpu())
+    return unsupported("lightning: the reference takes fp64 on the CPU; q is ", a.q.scalar_type(),
+                       " on ", a.q.device());
+  const auto q = to_vector(a.q), k = to_vector(a.k), v = to_vector(a.v);
+  const auto state = a.state.has_value() ? to_vector(*a.state) : std::vector<double>();
+  const reference::Input in{.shape = {.batch = a.q.size(0),
+                                      .tokens = a.q.size(1),
+                                      .heads = a.q.size(2),
+                                      .key_dim = a.q.size(3),
+                                      .value_dim = a.v.size(3),
+                                      .cu_seqlens = call.cu_seqlens},
+                            .q_BTHK = q,
+                            .k_BTHK = k,
+                            .v_BTHV = v,
+                            .slope_H = a.decay->slope(),
+                            .scale = a.decay->scale(),
+                            .state_NHKV = state};
+  if (form == ReferenceForm::kParallel && in.shape.tokens > kLongestParallel)
+    form = ReferenceForm::kChunked;
+  const std::vector<std::int64_t> states = {in.shape.sequences(), a.q.size(2), a.q.size(3),
+                                            a.v.size(3)};
+  EVERLONG_ASSIGN(const auto out, form == ReferenceForm::kParallel ? reference::parallel(in)
+                                  : form == ReferenceForm::kChunked
+                                      ? reference::chunked(in, kReferenceChunk)
+                                      : reference::recurrent(in));
+  OpResult result;
+  result.out["o"] = to_tensor(out.o_BTHV, a.v.sizes());
+  result.state["S"] = to_tensor(out.state_NHKV, states);
+  if (call.grad_out.empty()) return result;
+
+  const auto incoming = [&](const char* name,
+                            at::IntArrayRef sizes) -> Result<std::vector<double>> {
+    const auto found = call.grad_out.find(name);
+    if (found == call.grad_out.end()) return std::vector<double>();
+    if (found->second.sizes() != sizes)
+      return invalid_argument("lightning: grad_out of ", name, " has shape ", found->second.sizes(),
+                              "; ", sizes, " is needed");
+    return to_vector(found->second);
+  };
+  EVERLONG_ASSIGN(const auto grad_o, incoming("o", a.v.sizes()));
+  EVERLONG_ASSIGN(const auto grad_state, incoming("state.S", states));
+  EVERLONG_ASSIGN(const auto grad,
+                  form == ReferenceForm::kParallel
+                      ? reference::parallel_gradient(in, grad_o, grad_state)
+                  : form == ReferenceForm::kChunked
+                      ? reference::chunked_gradient(in, kReferenceChunk, grad_o, grad_state)
+                      : reference::recurrent_gradient(in, grad_o, grad_state));
+  result.grad["q"] = to_tensor(grad.q_BTHK, a.q.sizes());
+  result.grad["k"] = to_tensor(grad.k_BTHK, a.k.sizes());
+  result.grad["v"] = to_tensor(grad.v_BTHV, a.v.sizes());
+  if (a.state.has_value()) result.grad["state.S"] = to_tensor(grad.state_NHKV, states);
+  return result;
+}
+
+using TensorForm = Attention (*)(const Tensor&, const Tensor&, const Tensor&, const Decay&,
+                                 at::IntArrayRef, const std::optional<Tensor>&);
+
+OpResult run_tensors(TensorForm form, OpCall call, const Decay& decay) {
+  call.inputs.erase("slope");  // fixed: no gradient
+  return run_by_autograd(call, [&](const TensorMap& inputs, const TensorMap& state) {
+    const auto S = state.find("S");
+    const Attention a = form(inputs.at("q"), inputs.at("k"), inputs.at("v"), decay, call.cu_seqlens,
+                             S == state.end() ? std::nullopt : std::optional(S->second));
+    OpResult result;
+    result.out["o"] = a.o_BTHV;
+    result.state["S"] = a.state_NHKV;
+    return result;
+  });
+}
+
+class AttentionOperator final : public Operator {
+ public:
+  std::string_view kind() const override { return "decay_linear_attention"; }
+
+  std::vector<OpForm> forms() const override {
+    return {{.name = "reference"},
+            {.name = "reference_chunked"},
+            {.name = "reference_recurrent"},
+            {.name = "naive", .cuda = true, .low_precision = true},
+            {.name = "composite", .cuda = true, .low_precision = true}};
+  }
+
+  Result<OpResult> run(std::string_view form, const OpCall& call) const override {
+    EVERLONG_ASSIGN(const Arguments a, arguments_of(call));
+    if (form == "reference") return run_reference(ReferenceForm::kParallel, call, a);
+    if (form == "reference_chunked") return run_reference(ReferenceForm::kChunked, call, a);
+    if (form == "reference_recurrent") return run_reference(ReferenceForm::kRecurrent, call, a);
+    if (form == "naive") return run_tensors(naive, call, *a.decay);
+    if (form == "composite") return run_tensors(decay_linear_attention, call, *a.decay);
+    return invalid_argument(
+        "lightning: \"", form, "\" is not a form of ", kind(),
+        "; known: reference, reference_chunked, reference_recurrent, naive, composite");
+  }
+
+  OpCall sample(const OpShape& shape) const override {
+    auto generator = at::detail::createCPUGenerator(shape.seed);
+    const auto draw = [&](std::int64_t heads, std::int64_t dim) {
+      return at::randn({shape.batch, shape.tokens, heads, dim}, generator, at::kDouble);
+    };
+    OpCall call;
+    call.params["scale"] = 0.7;
+    call.params.update(shape.params);
+    call.cu_seqlens = shape.cu_seqlens;
+    call.inputs["q"] = draw(shape.heads, shape.key_dim);
+    call.inputs["k"] = draw(shape.heads, shape.key_dim);
+    call.inputs["v"] = draw(shape.heads, shape.value_dim);
+    // The published range of one layer; from three heads on also the two ends, no decay and
+    // forgetting at once.
+    auto slope = slopes(SlopeRule::kAlibi, shape.heads, 0, 1);
+    if (slope.ok() && shape.heads >= 3) slope->front() = 8.0, slope->back() = 0.0;
+    call.inputs["slope"] = at::tensor(slope.ok() ? *slope : std::vector<double>(), at::kDouble);
+    const std::int64_t N = shape.cu_seqlens.empty()
+                               ? shape.batch
+                               : static_cast<std::int64_t>(shape.cu_seqlens.size()) - 1;
+    if (shape.initial_state)
+      call.state["S"] =
+          at::randn({N, shape.heads, shape.key_dim, shape.value_dim}, generator, at::kDouble);
+    return call;
+  }
+
+  std::vector<std::string> token_inputs() const override { return {"q", "k", "v"}; }
+
+  std::vector<OpShape> law_shapes() const override {
+    return {{.heads = 3, .key_dim = 12, .value_dim = 5, .params = {{"scale", 1.0}}},
+            {.heads = 1, .key_dim = 8, .value_dim = 24, .params = {{"scale", 0.25}}},
+            {.heads = 4, .key_dim = 1, .value_dim = 1}};
+  }
+
+  std::vector<std::pair<std::string, OpCall>> refusals() const override {
+    std::vector<std::pair<std::string, OpCall>> out;
+    const auto add = [&](const std::string& what, const auto& spoil) {
+      OpCall call = sample({.batch = 1,
+                            .tokens = 6,
+                            .heads = 2,
+                            .key_dim = 4,
+                            .value_dim = 3,
+                            .initial_state = true});
+      spoil(call);
+      out.emplace_back(what, std::move(call));
+    };
+    const auto packed = [&](const std::string& what, std::vector<std::int64_t> offsets,
+                            std::int64_t sequences) {
+      add(what, [&](OpCall& c) {
+        c.cu_seqlens = std::move(offsets);
+        c.state["S"] = at::zeros({sequences, 2, 4, 3}, at::kDouble);
+      });
+    };
+    const double inf = std::numeric_limits<double>::infinity(),
+                 nan = std::numeric_limits<double>::quiet_NaN();
+    add("a negative slope", [](OpCall& c) { c.inputs["slope"][1] = -0.02; });
+    add("a NaN slope", [&](OpCall& c) { c.inputs["slope"][0] = nan; });
+    add("an infinite slope", [&](OpCall& c) { c.inputs["slope"][0] = inf; });
+    add("one slope too few", [](OpCall& c) { c.inputs["slope"] = at::zeros({1}, at::kDouble); });
+    add("slopes in two dimensions", [](OpCall& c) {
+      c.inputs["slope"] = at::zeros({1, 2}, at::kDouble);
+    });
+    add("whole-number slopes", [](OpCall& c) { c.inputs["slope"] = at::ones({2}, at::kLong); });
+    add("no slopes", [](OpCall& c) { c.inputs.erase("slope"); });
+    add("an unknown input", [](OpCall& c) { c.inputs["gate"] = at::zeros({1}, at::kDouble); });
+    add("a scale that is no number", [](OpCall& c) { c.params["scale"] = "one"; });
+    packed("offsets that start late", {1, 6}, 1);
+    packed("offsets that decrease", {0, 4, 2, 6}, 3);
+    packed("offsets that end early", {0, 5}, 1);
+    packed("offsets past the end", {0, 7}, 1);
+    packed("negative offsets", {0, -1, 6}, 2);
+    packed("a single offset", {0}, 0);
+    add("packed sequences in two rows", [](OpCall& c) {
+      for (const char* name : {"q", "k", "v"}) c.inputs[name] = c.inputs[name].repeat({2, 1, 1, 1});
+      c.cu_seqlens = {0, 6};
+    });
+    add("keys of another dim", [](OpCall& c) {
+      c.inputs["k"] = at::zeros({1, 6, 2, 5}, at::kDouble);
+    });
+    add("values of other tokens", [](OpCall& c) {
+      c.inputs["v"] = at::zeros({1, 5, 2, 3}, at::kDouble);
+    });
+    add("values of another batch", [](OpCall& c) {
+      c.inputs["v"] = at::zeros({2, 6, 2, 3}, at::kDouble);
+    });
+    add("fewer key heads", [](OpCall& c) { c.inputs["k"] = at::zeros({1, 6, 1, 4}, at::kDouble); });
+    add("no values", [](OpCall& c) { c.inputs.erase("v"); });
+    add("queries in three dimensions", [](OpCall& c) { c.inputs["q"] = c.inputs["q"].squeeze(0); });
+    add("whole numbers", [](OpCall& c) {
+      for (const char* name : {"q", "k", "v"}) c.inputs[name] = c.inputs[name].to(at::kInt);
+    });
+    add("mixed dtypes", [](OpCall& c) { c.inputs["v"] = c.inputs["v"].to(at::kFloat); });
+    add("a value dim of zero", [](OpCall& c) {
+      c.inputs["v"] = at::zeros({1, 6, 2, 0}, at::kDouble);
+    });
+    add("no heads", [](OpCall& c) {
+      for (const char* name : {"q", "k", "v"})
+        c.inputs[name] = at::zeros({1, 6, 0, 4}, at::kDouble);
+      c.inputs["slope"] = at::zeros({0}, at::kDouble);
+    });
+    add("a state of other heads", [](OpCall& c) {
+      c.state["S"] = at::zeros({1, 3, 4, 3}, at::kDouble);
+    });
+    add("a transposed state", [](OpCall& c) { c.state["S"] = c.state["S"].mT(); });
+    add("a state for two sequences", [](OpCall& c) {
+      c.state["S"] = at::zeros({2, 2, 4, 3}, at::kDouble);
+    });
+    add("a state of whole numbers", [](OpCall& c) { c.state["S"] = c.state["S"].to(at::kInt); });
+    add("a state by another name", [](OpCall& c) { c.state = {{"kv", c.state["S"]}}; });
+    return out;
+  }
+
+  // Fewest operations: the recurrence, an update and a product with K x V a token forward, five
+  // times that backward less what a stored state saves. Fewest bytes: q, k, v, o once, the state in
+  // and out.
+  OpCost cost(const OpShape& shape, std::string_view pass,
+              std::size_t element_bytes) const override {
+    const auto K = static_cast<double>(shape.key_dim), V = static_cast<double>(shape.value_dim);
+    const double rows = static_cast<double>(shape.batch * shape.tokens * shape.heads);
+    const double N =
+        static_cast<double>(shape.cu_seqlens.empty() ? shape.batch : shape.cu_seqlens.size() - 1);
+    const double state = 2 * N * static_cast<double>(shape.heads) * K * V *
+                         static_cast<double>(element_bytes > 4 ? 8 : 4);
+    const auto size = static_cast<double>(element_bytes);
+    OpCost cost{.flops = rows * 4 * K * V, .bytes = rows * (2 * K + 2 * V) * size + state};
+    if (pass == "train") {
+      cost.flops += rows * 10 * K * V;
+      cost.bytes += rows * (4 * K + 3 * V) * size + state;
+    }
+    return cost;
+  }
+};
+
+class SlopesOperator final : public Operator {
+ public:
+  std::string_view kind() const override { return "slopes"; }
+  bool is_sequence() const override { return false; }
+  std::vector<OpForm> forms() const override { return {{.name = "reference"}}; }
+
+  // params: rule, n_heads, layers = [[l, L], ...]; out.slope [len(layers), H].
+  Result<OpResult> run(std::string_view form, const OpCall& call) const override {
+    if (form != "reference")
+      return invalid_argument("lightning: \"", form,
+                              "\" is not a form of slopes; known: reference");
+    const auto member = [&](const char* name) {
+      const auto found = call.params.find(name);
+      return found == call.params.end() ? nlohmann::json() : *found;
+    };
+    const auto rule_name = member("rule"), heads = member("n_heads"), layers = member("layers");
+    if (!rule_name.is_string() || !heads.is_number_integer() || !layers.is_array() ||
+        layers.empty())
+      return invalid_argument(
+          "lightning: slopes need params rule (text), n_heads and layers [[l, L], ...]; given ",
+          call.params.dump());
+    EVERLONG_ASSIGN(const SlopeRule rule, parse_slope_rule(rule_name.get<std::string>()));
+    std::vector<double> values;
+    for (const auto& layer : layers) {
+      if (!layer.is_array() || layer.size() != 2 || !layer[0].is_number_integer() ||
+          !layer[1].is_number_integer())
+        return invalid_argument("lightning: a layer of slopes is [l, L]; given ", layer.dump());
+      EVERLONG_ASSIGN(const auto slope,
+                      slopes(rule, heads.get<std::int64_t>(), layer[0].get<std::int64_t>(),
+                             layer[1].get<std::int64_t>()));
+      values.insert(values.end(), slope.begin(), slope.end());
+    }
+    OpResult result;
+    result.out["slope"] =
+        to_tensor(values, {static_cast<std::int64_t>(layers.size()), heads.get<std::int64_t>()});
+    return result;
+  }
+
+  OpCall sample(const OpShape& shape) const override {
+    OpCall call;
+    call.params = {{"rule", "alibi"}, {"n_heads", shape.heads}, {"layers", {{0, 1}}}};
+    return call;
+  }
+  std::vector<std::string> token_inputs() const override { return {}; }
+  std::vector<OpShape> law_shapes() const override { return {}; }
+  std::vector<std::pair<std::string, OpCall>> refusals() const override {
+    OpCall rule = sample({}), heads = sample({}), layer = sample({});
+    rule.params["rule"] = "steep";
+    heads.params["n_heads"] = 0;
+    layer.params["layers"] = {{2, 2}};
+    return {{"an unknown rule", rule}, {"no heads", heads}, {"a layer past the last", layer}};
+  }
+  OpCost cost(const OpShape&, std::string_view, std::size_t) const override { return {}; }
+};
+
+}  // namespace
+
+const Operator& attention_operator() {
+  static const AttentionOperator op;
+  return op;
+}
+const Operator& slopes_operator() {
+  static const SlopesOperator op;
+  return op;
+}
+
+}  // namespace everlong::lightning

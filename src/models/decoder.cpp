@@ -1,0 +1,172 @@
+#include "models/decoder.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "layers/gated_mlp.h"
+#include "mechanisms/mechanism.h"
+#include "models/recompute.h"
+
+namespace everlong {
+namespace {
+
+// The names that the published checkpoints give to the parts of a block, and its norm and MLP.
+struct Parts {
+  const char *mixer, *mlp;
+  const char *mixer_norm, *mlp_norm;  // of the modules that hold the norms' weights
+  const char *norm, *gated_mlp;
+};
+constexpr Parts kTransNormer = {"token_mixer",  "channel_mixer", "token_norm",
+                                "channel_norm", "srms",          "sglu"};
+constexpr Parts kLlama = {"self_attn", "mlp",   "input_layernorm", "post_attention_layernorm",
+                          "rms",       "swiglu"};
+
+const Parts& parts_of(const ModelConfig& config) {
+  return config.block == "llama" ? kLlama : kTransNormer;
+}
+
+// x += mixer(norm(x));  x += mlp(norm(x)).  TransNormerLLM (2307.14995) and Llama differ in the
+// norm and the MLP.
+class PreNormBlock final : public Block {
+ public:
+  PreNormBlock(const Parts& parts, std::shared_ptr<Mixer> mixer, std::shared_ptr<GatedMlp> mlp,
+               std::shared_ptr<Norm> mixer_norm, std::shared_ptr<Norm> mlp_norm)
+      : mixer_norm_(register_module(parts.mixer_norm, std::move(mixer_norm))),
+        mixer_(register_module(parts.mixer, std::move(mixer))),
+        mlp_norm_(register_module(parts.mlp_norm, std::move(mlp_norm))),
+        mlp_(register_module(parts.mlp, std::move(mlp))) {}
+
+  at::Tensor forward(const at::Tensor& x_BTD, const Sequences& sequences, State* state) override {
+    const at::Tensor mixed = x_BTD + mixer_->forward(mixer_norm_->forward(x_BTD), sequences, state);
+    return mixed + mlp_->forward(mlp_norm_->forward(mixed));
+  }
+  Mixer& mixer() override { return *mixer_; }
+
+ private:
+  std::shared_ptr<Norm> mixer_norm_;
+  std::shared_ptr<Mixer> mixer_;
+  std::shared_ptr<Norm> mlp_norm_;
+  std::shared_ptr<GatedMlp> mlp_;
+};
+
+Result<std::shared_ptr<Block>> make_block(const ModelConfig& config, std::int64_t index) {
+  const std::string& name = config.layer_types[static_cast<std::size_t>(index)];
+  EVERLONG_ASSIGN(const Mechanism* mechanism, find_mechanism(name));
+  const auto settings = config.mechanisms.find(name);
+  const LayerSpec spec{.hidden_size = config.hidden_size,
+                       .layer_index = index,
+                       .num_layers = config.num_layers(),
+                       .norm_eps = config.norm_eps,
+                       .settings = settings == config.mechanisms.end() ? nlohmann::json::object()
+                                                                       : settings->second};
+  EVERLONG_ASSIGN(auto mixer, mechanism->make_layer(spec));
+  const Parts& parts = parts_of(config);
+  EVERLONG_ASSIGN(auto mixer_norm, make_norm(parts.norm, config.hidden_size, config.norm_eps));
+  EVERLONG_ASSIGN(auto mlp_norm, make_norm(parts.norm, config.hidden_size, config.norm_eps));
+  EVERLONG_ASSIGN(auto mlp, make_gated_mlp(parts.gated_mlp, config.hidden_size,
+                                           config.intermediate_size, config.num_layers()));
+  return std::shared_ptr<Block>(std::make_shared<PreNormBlock>(
+      parts, std::move(mixer), std::move(mlp), std::move(mixer_norm), std::move(mlp_norm)));
+}
+
+// A module that only gives its children a name: "model", "layers", "embed_tokens".
+struct Group : torch::nn::Module {
+  template <class Child>
+  std::shared_ptr<Child> add(const std::string& name, std::shared_ptr<Child> child) {
+    return register_module(name, std::move(child));
+  }
+  at::Tensor add_weight(const at::Tensor& weight) { return register_parameter("weight", weight); }
+};
+
+void check_sequences(const at::Tensor& tokens_BT, const Sequences& sequences,
+                     const ModelState* state) {
+  const auto& offsets = sequences.offsets;
+  Status status;
+  if (tokens_BT.dim() != 2 || tokens_BT.scalar_type() != at::kLong) {
+    status = invalid_argument("tokens are ", tokens_BT.dim(), "-dimensional ",
+                              tokens_BT.dtype().name(), "; int64 [batch, tokens] is needed");
+  } else if (!offsets.empty() &&
+             (tokens_BT.size(0) != 1 || offsets.front() != 0 ||
+              offsets.back() != tokens_BT.size(1) || !std::ranges::is_sorted(offsets))) {
+    status = invalid_argument("offsets of ", sequences.count(1), " sequences from ",
+                              offsets.front(), " to ", offsets.back(), " do not divide tokens [",
+                              tokens_BT.size(0), ", ", tokens_BT.size(1),
+                              "]; they rise from 0 to the number of tokens, with a batch of 1");
+  } else if (state != nullptr && state->sequences() != sequences.count(tokens_BT.size(0))) {
+    status = invalid_argument("a state of ", state->sequences(), " sequences was given for ",
+                              sequences.count(tokens_BT.size(0)));
+  }
+  throw_if_error(status);
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Decoder>> Decoder::make(const ModelConfig& config) {
+  if (config.layer_types.empty())
+    return invalid_argument("layer_types is empty; a model has at least one layer");
+  std::shared_ptr<Decoder> model(new Decoder(config));
+  EVERLONG_RETURN_IF_ERROR(model->build());
+  return model;
+}
+
+// Registration gives the published names: model.embed_tokens.weight, model.layers.<i>..,
+// model.norm.weight, lm_head.weight.
+Status Decoder::build() {
+  const auto drawn = [&] {
+    return at::empty({config_.vocab_size, config_.hidden_size})
+        .normal_(0, config_.initializer_range);
+  };
+  auto model = register_module("model", std::make_shared<Group>());
+  embedding_ = model->add("embed_tokens", std::make_shared<Group>())->add_weight(drawn());
+  auto layers = model->add("layers", std::make_shared<Group>());
+  for (std::int64_t i = 0; i < config_.num_layers(); ++i) {
+    auto block = make_block(config_, i);
+    if (!block.ok()) return block.status().at(cat("layer ", i));
+    blocks_.push_back(layers->add(std::to_string(i), *std::move(block)));
+  }
+  EVERLONG_ASSIGN(norm_, make_norm(parts_of(config_).norm, config_.hidden_size, config_.norm_eps));
+  model->add("norm", norm_);
+  head_ = config_.tie_word_embeddings
+              ? embedding_
+              : register_module("lm_head", std::make_shared<Group>())->add_weight(drawn());
+  return {};
+}
+
+std::int64_t Decoder::parameter_count() const {
+  std::int64_t total = 0;
+  for (const auto& parameter : parameters()) total += parameter.numel();
+  return total;
+}
+
+ModelState Decoder::make_state(std::int64_t sequences) const {
+  std::vector<std::unique_ptr<State>> layers;
+  for (std::int64_t i = 0; i < config_.num_layers(); ++i)
+    layers.push_back(mixer(i).make_state(sequences));
+  return ModelState(std::move(layers));
+}
+
+at::Tensor Decoder::hidden(const at::Tensor& tokens_BT, const Sequences& sequences,
+                           ModelState* state) {
+  check_sequences(tokens_BT, sequences, state);
+  at::Tensor x_BTD = at::embedding(embedding_, tokens_BT);
+  if (config_.scale_embedding) x_BTD = x_BTD * std::sqrt(static_cast<double>(config_.hidden_size));
+  for (std::size_t i = 0; i < blocks_.size(); ++i) {
+    State* layer = state == nullptr ? nullptr : &state->layer(i);
+    if (checkpointing_ && at::GradMode::is_enabled()) {
+      const BlockFunction run = [block = blocks_[i], sequences](const at::Tensor& x,
+                                                                State* carried) {
+        return block->forward(x, sequences, carried);
+      };
+      x_BTD = recomputed(run, x_BTD, layer, blocks_[i]->parameters());
+    } else {
+      x_BTD = blocks_[i]->forward(x_BTD, sequences, layer);
+    }
+  }
+  return norm_->forward(x_BTD);
+}
+
+at::Tensor Decoder::logits(const at::Tensor& hidden_BTD) { return at::linear(hidden_BTD, head_); }
+
+}  // namespace everlong

@@ -1,0 +1,228 @@
+#include "train/trainer.h"
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "models/checkpoint.h"
+#include "train/loop.h"
+
+namespace everlong {
+namespace {
+
+constexpr std::int64_t kLetters = 16;
+constexpr std::int32_t kEndOfDocument = 256;
+
+// A folder of its own that goes away with the test.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() {
+    std::string name = (fs::temp_directory_path() / "everlong_trainer_XXXXXX").string();
+    EXPECT_NE(::mkdtemp(name.data()), nullptr);
+    path_ = name;
+  }
+  ~TemporaryFolder() { fs::remove_all(path_); }
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
+// Documents in which every random letter is said twice: "ccaaffbb...". Whoever looks only at the last letter loses
+// 1.96 nats a letter, whoever remembers whether it was the first or the second 1.39 to 1.45.
+void write_dataset(const fs::path& folder) {
+  std::mt19937 random(1);
+  DatasetInfo info{.tokenizer = "bytes", .vocab_size = 259, .eod = kEndOfDocument, .valid_fraction = 0.1, .splits = {}};
+  for (const auto& [name, documents] : {std::pair("train", 200), std::pair("valid", 20)}) {
+    SplitWriter writer(folder, name, 1 << 20);
+    for (int d = 0; d < documents; ++d) {
+      std::vector<std::int32_t> ids;
+      for (int i = 0; i < 60; ++i) ids.insert(ids.end(), 2, static_cast<std::int32_t>(random() % kLetters));
+      ids.push_back(kEndOfDocument);
+      ASSERT_TRUE(writer.add(ids, 120).ok());
+    }
+    auto split = writer.finish();
+    ASSERT_TRUE(split.ok());
+    info.splits[name] = *split;
+  }
+  ASSERT_TRUE(write_dataset_info(folder, info).ok());
+}
+
+class TrainerTest : public testing::Test {
+ protected:
+  void SetUp() override { write_dataset(folder_.path()); }
+
+  RunFile run_file(const std::vector<std::string>& overrides = {}) {
+    auto run = RunFile::parse(R"(
+[model]
+hidden_size = 32
+intermediate_size = 64
+layer_types = ["lightning", "lightning"]
+[model.lightning]
+num_heads = 2
+head_dim = 16
+[data]
+path = "replaced"
+row_tokens = 64
+rows = 8
+[train]
+steps = 20
+learning_rate = 1e-2
+warmup_steps = 5
+weight_decay = 0.01
+threads = 2
+device = "cpu"
+)",
+                              "test.toml", overrides);
+    EXPECT_TRUE(run.ok()) << run.status().message();
+    run->data.path = folder_.path().string();
+    run->out.folder = (folder_.path() / "run").string();
+    return *run;
+  }
+
+  std::vector<nlohmann::json> log() {
+    std::vector<nlohmann::json> lines;
+    std::istringstream text(*read_file(folder_.path() / "run" / "log.jsonl"));
+    for (std::string line; std::getline(text, line);) lines.push_back(nlohmann::json::parse(line));
+    return lines;
+  }
+
+  TemporaryFolder folder_;
+};
+
+TEST_F(TrainerTest, LearnsToLookFurtherBackThanOneToken) {
+  auto run = run_file({"train.steps=150", "train.carry=detached"});
+  const auto report = train(run);
+  ASSERT_TRUE(report.ok()) << report.status().message();
+  EXPECT_LT(report->loss, 1.75);
+  ASSERT_TRUE(report->valid.has_value());
+  EXPECT_LT(report->valid->loss, 1.75);
+  EXPECT_EQ(report->valid->tokens, 20 * 121);
+  // 120 predictions and 120 bytes a document.
+  EXPECT_NEAR(report->valid->bits_per_byte, report->valid->loss / std::log(2), 1e-9);
+}
+
+TEST_F(TrainerTest, SameRunFileGivesTheSameLossesBitForBit) {
+  const auto losses = [&](const std::vector<std::string>& overrides) {
+    auto trainer = Trainer::make(run_file(overrides));
+    EXPECT_TRUE(trainer.ok()) << trainer.status().message();
+    std::vector<double> all;
+    for (int i = 0; i < 10; ++i) all.push_back((*trainer)->step(0)->loss);
+    return all;
+  };
+  for (const std::string carry : {"none", "detached"}) {
+    const auto first = losses({"train.carry=" + carry});
+    EXPECT_EQ(first, losses({"train.carry=" + carry}));
+    EXPECT_NE(first, losses({"train.carry=" + carry, "train.seed=2"}));
+  }
+}
+
+TEST_F(TrainerTest, AccumulatedBatchesAreOneMean) {
+  // The step's loss is the mean over the predictions of all its batches.
+  auto one = Trainer::make(run_file({"train.learning_rate=0"}));
+  auto two = Trainer::make(run_file({"train.learning_rate=0", "train.accumulation=2"}));
+  ASSERT_TRUE(one.ok() && two.ok());
+  double nll = 0, predictions = 0;
+  auto reader = BatchReader::create(*TokenDataset::open(folder_.path())->split("train"),
+                                    {.rows = 8, .row_tokens = 64, .packing = Packing::kPacked, .seed = 1});
+  Batch batch;
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_TRUE(reader->next(batch).ok());
+    nll += (*one)->step(0)->loss * static_cast<double>(batch.predictions());
+    predictions += static_cast<double>(batch.predictions());
+  }
+  const auto report = (*two)->step(0);
+  EXPECT_NEAR(report->loss, nll / predictions, 1e-5);  // fp32 losses
+  EXPECT_EQ(report->tokens, 2 * 8 * 64);
+}
+
+TEST_F(TrainerTest, LogHasOneObjectAStepAndTheEvaluations) {
+  const auto report = train(run_file({"train.steps=7", "train.eval_every=3", "train.eval_tokens=500"}));
+  ASSERT_TRUE(report.ok()) << report.status().message();
+  const auto lines = log();
+  ASSERT_EQ(lines.size(), 7U);
+  for (std::size_t i = 0; i < lines.size(); ++i) {
+    EXPECT_EQ(lines[i].at("step"), i + 1);
+    EXPECT_EQ(lines[i].at("tokens"), (i + 1) * 8 * 64);
+    for (const char* key : {"loss", "lr", "grad_norm", "tok_s", "mem_bytes", "wall_s"})
+      EXPECT_TRUE(lines[i].at(key).is_number()) << key;
+    EXPECT_EQ(lines[i].contains("valid_bpb"), i == 2 || i == 5 || i == 6) << i;
+  }
+  const auto written = RunFile::read(folder_.path() / "run" / "run.toml", {});
+  ASSERT_TRUE(written.ok()) << written.status().message();
+  EXPECT_EQ(written->train.eval_every, 3);
+}
+
+TEST_F(TrainerTest, LossThatIsNotFiniteStopsTheRunAndKeepsTheLastSave) {
+  const auto saved = train(run_file({"train.steps=6"}));
+  ASSERT_TRUE(saved.ok()) << saved.status().message();
+  const auto before = *read_file(saved->model_folder / "model.safetensors");
+  auto trainer = Trainer::make(run_file());
+  ASSERT_TRUE(trainer.ok());
+  ASSERT_TRUE((*trainer)->step(0).ok());
+  {
+    at::Tensor weight = (*trainer)->model().parameters().front();
+    weight.detach()[0][0] = NAN;
+    weight.detach()[1][0] = NAN;
+    weight.detach()[5][0] = NAN;
+  }
+  const auto failed = (*trainer)->step(0);
+  ASSERT_FALSE(failed.ok());
+  EXPECT_NE(failed.status().message().find("step 2: loss = nan"), std::string::npos) << failed.status().message();
+  EXPECT_EQ(*read_file(saved->model_folder / "model.safetensors"), before);
+}
+
+TEST_F(TrainerTest, InterruptionSavesTheModelOfTheFinishedStep) {
+  std::int64_t steps = 0;
+  const auto stopped = train(run_file(), {.interrupted = [&] { return steps == 4; },
+                                          .after_step = [&](const StepReport& report) { steps = report.step; }});
+  EXPECT_EQ(stopped.status().code(), StatusCode::kInterrupted);
+  EXPECT_NE(stopped.status().message().find("after step 4"), std::string::npos) << stopped.status().message();
+  EXPECT_EQ(log().size(), 4U);
+  const auto file = load_tensors(folder_.path() / "run" / "model" / "model.safetensors");
+  ASSERT_TRUE(file.ok()) << file.status().message();
+  EXPECT_EQ(file->metadata.at("step"), "4");
+}
+
+TEST_F(TrainerTest, ContinuesAModelFolder) {
+  const auto first = train(run_file({"train.steps=60"}));
+  ASSERT_TRUE(first.ok()) << first.status().message();
+  auto run = run_file();
+  run.train.from_model = first->model_folder.string();
+  auto trainer = Trainer::make(run);
+  ASSERT_TRUE(trainer.ok()) << trainer.status().message();
+  EXPECT_LT((*trainer)->step(0)->loss, first->loss + 0.2);  // a fresh model starts at ln 259 = 5.6
+}
+
+TEST_F(TrainerTest, TimeLimitEndsTheRun) {
+  const auto report = train(run_file({"train.steps=1000000", "train.max_seconds=0.5", "train.eval_tokens=0"}));
+  ASSERT_TRUE(report.ok()) << report.status().message();
+  EXPECT_LT(report->steps, 100000);
+  EXPECT_GE(report->seconds, 0.5);
+  EXPECT_LT(log().back().at("lr").get<double>(), 0.5 * 1e-2);  // the schedule came to its end
+}
+
+TEST_F(TrainerTest, Bf16TrainsThroughFp32Masters) {
+  auto trainer = Trainer::make(run_file({"train.dtype=bf16", "train.warmup_steps=1"}));
+  ASSERT_TRUE(trainer.ok()) << trainer.status().message();
+  const double first = (*trainer)->step(0)->loss;
+  double last = 0;
+  for (int i = 0; i < 15; ++i) last = (*trainer)->step(0)->loss;
+  EXPECT_LT(last, first - 1);
+  EXPECT_EQ((*trainer)->model().parameters().front().scalar_type(), at::kBFloat16);
+}
+
+TEST_F(TrainerTest, TextOfAnotherTokenizerIsRefused) {
+  auto run = run_file();
+  run.model.vocab_size = 100;
+  const auto trainer = Trainer::make(run);
+  ASSERT_FALSE(trainer.ok());
+  EXPECT_NE(trainer.status().message().find("vocabulary 259"), std::string::npos) << trainer.status().message();
+}
+
+}  // namespace
+}  // namespace everlong
