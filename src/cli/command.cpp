@@ -87,10 +87,12 @@ std::string help_text(const Command::Node& node) {
   for (const CLI::Option* option : app.get_options()) {
     const bool positional = option->get_positional();
     std::string name = positional ? option->get_name(true) : option->get_name(false, true);
-    if (!positional && !option->get_option_text().empty()) name += cat(" ", option->get_option_text());
+    if (positional && !option->get_required()) name = cat("[", name, "]");
     for (std::size_t comma = name.find(','); comma != std::string::npos; comma = name.find(',', comma + 2))
       name.insert(comma + 1, " ");
+    if (!positional && !option->get_option_text().empty()) name += cat(" ", option->get_option_text());
     std::string text = option->get_description();
+    if (!positional && option->get_required()) text += " (required)";
     if (const std::string shown = option->get_default_str(); !shown.empty() && shown != "\"\"")
       text += cat(" [", shown, "]");
     (positional ? arguments : options).emplace_back(name, text);

@@ -15,9 +15,9 @@ namespace {
 struct PerplexityCommand {
   ModelOptions model;
   TextOptions text;
+  OutputOptions output;
   std::string reset = "never";
   PerplexityOptions options;
-  bool json = false;
 
   Status run() const {
     auto wanted = options;
@@ -36,31 +36,31 @@ struct PerplexityCommand {
     EVERLONG_ASSIGN(const auto report, perplexity(stream, source, *loaded.tokenizer, wanted,
                                                   [&](std::int64_t done) { progress.update(done); }));
     progress.finish();
-    if (json) {
-      nlohmann::ordered_json object = {{"model", loaded.folder.string()}, {"reset", reset}};
-      object.update(to_json(report));
-      object.update(describe(loaded.place));
-      print_json(object);
-      return {};
-    }
+    nlohmann::ordered_json object = {{"model", loaded.folder.string()}, {"reset", reset}};
+    object.update(to_json(report));
+    object.update(describe(loaded.place));
+    return output.give(object, table(report));
+  }
+
+  static std::string table(const PerplexityReport& report) {
     Table table({"position", "tokens", "nats/token", "bits/byte"});
-    for (const auto& bucket : report.buckets)
-      table.add({bucket_name(bucket), with_commas(bucket.tokens), fixed(bucket.nats_per_token(), 4),
-                 fixed(bucket.bits_per_byte(), 4)});
-    table.add({"all", with_commas(report.total.tokens), fixed(report.total.nats_per_token(), 4),
-               fixed(report.total.bits_per_byte(), 4)});
-    print(cat(table.text(), "perplexity ", fixed(std::exp(report.total.nats_per_token()), 3), " per token; ",
-              report.resets == 0 ? std::string("one stream, never reset") : cat("reset ", with_commas(report.resets), " times"),
-              "; ", with_commas(static_cast<std::int64_t>(static_cast<double>(report.total.tokens) / report.seconds)),
-              " tokens/s\n"));
-    return {};
+    const auto add = [&](const std::string& name, const PositionBucket& bucket) {
+      table.add({name, with_commas(bucket.tokens), fixed(bucket.nats_per_token(), 4), fixed(bucket.bits_per_byte(), 4)});
+    };
+    for (const auto& bucket : report.buckets) add(bucket_name(bucket), bucket);
+    add("all", report.total);
+    const double rate = static_cast<double>(report.total.tokens) / report.seconds;
+    return cat(table.text(), "perplexity ", fixed(std::exp(report.total.nats_per_token()), 3), " per token; ",
+               report.resets == 0 ? std::string("one stream, never reset")
+                                  : cat("reset ", with_commas(report.resets), " times"),
+               "; ", with_commas(static_cast<std::int64_t>(rate)), " tokens/s\n");
   }
 };
 
 struct BaselinesCommand {
-  std::string data;
+  std::string data, beside;
   ByteBaselineOptions options;
-  bool json = false;
+  OutputOptions output;
 
   Status run() const {
     EVERLONG_ASSIGN(const auto dataset, TokenDataset::open(data));
@@ -68,15 +68,18 @@ struct BaselinesCommand {
     EVERLONG_ASSIGN(const auto train, dataset.split("train"));
     EVERLONG_ASSIGN(const auto valid, dataset.split("valid"));
     EVERLONG_ASSIGN(const auto report, byte_baselines(train, valid, *tokenizer, options));
-    if (json) {
-      print_json(to_json(report));
-      return {};
-    }
     Table table({"held-out text", "bits/byte"});
     for (const auto& baseline : report.baselines) table.add({baseline.name, fixed(baseline.bits_per_byte, 4)});
-    print(table.text());
+    if (!beside.empty()) {
+      EVERLONG_ASSIGN(const auto measured, read_file(beside));
+      const auto object = nlohmann::json::parse(measured, nullptr, false);
+      if (!object.is_object() || !object.contains("bits_per_byte") || !object.at("bits_per_byte").is_number())
+        return corrupt(beside, ": holds no bits_per_byte; give a file that `everlong stream --save` or `everlong eval "
+                               "perplexity --save` wrote");
+      table.add({object.value("model", "the model"), fixed(object.at("bits_per_byte").get<double>(), 4)});
+    }
     if (!report.missing.empty()) note(report.missing);
-    return {};
+    return output.give(nlohmann::ordered_json::parse(to_json(report).dump()), table.text());
   }
 };
 
@@ -95,7 +98,7 @@ void add_eval(Command& program) {
   perplexity.option("-n,--tokens N", perplexity_command.options.max_tokens, "read only so many; 0: all");
   perplexity.option("--reset WHEN", perplexity_command.reset, "never, document (fresh state at each), or every N tokens");
   perplexity.option("--feed N", perplexity_command.options.feed, "tokens fed at a time; changes speed, not results");
-  perplexity.flag("--json", perplexity_command.json, "print one JSON object");
+  perplexity_command.output.add(perplexity);
   perplexity.example("everlong eval perplexity --model runs/demo --data data/python-doc.tokens");
   perplexity.example("everlong eval perplexity --model runs/demo --text README.md --reset 1K",
                      "what is lost when the model forgets every 1,024 tokens");
@@ -108,7 +111,8 @@ void add_eval(Command& program) {
       "for xz -9: what a model has to beat.");
   baselines.required_option("--data DIR", baselines_command.data, "dataset folder of `everlong data prepare`");
   baselines.option("-n,--tokens N", baselines_command.options.held_out_tokens, "only the first so many held-out tokens; 0: all");
-  baselines.flag("--json", baselines_command.json, "print one JSON object");
+  baselines.option("--beside FILE", baselines_command.beside, "show this measurement of a model among them");
+  baselines_command.output.add(baselines);
   baselines.example("everlong eval baselines --data data/python-doc.tokens");
   baselines.run([] { return baselines_command.run(); });
 }

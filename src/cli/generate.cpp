@@ -18,11 +18,12 @@ constexpr const char* kSamplerNote = "sampler";
 
 struct GenerateCommand {
   ModelOptions model;
+  OutputOptions output;
   std::string prompt, prompt_file, source, save_state, load_state;
   std::int64_t max_tokens = 256;
   std::optional<double> temperature, top_p, min_p, repetition_penalty;
   std::optional<std::int64_t> top_k, seed;
-  bool past_end = false, json = false;
+  bool past_end = false;
 
   Status run() const;
 
@@ -68,9 +69,10 @@ Status GenerateCommand::feed_file(Session& session, const std::string& path) con
   if (file == nullptr) return not_found(path, ": the prompt file cannot be opened");
   Status status;
   std::string piece(kPieceBytes, '\0');
-  while (status.ok() && caught_signal() == 0) {
+  while (status.ok()) {
     const std::size_t got = std::fread(piece.data(), 1, piece.size(), file);
-    if (got == 0) break;
+    if (caught_signal() != 0) status = {StatusCode::kInterrupted, "interrupted while reading the prompt"};
+    if (got == 0 || !status.ok()) break;
     status = feed_text(session, std::string_view(piece).substr(0, got));
   }
   if (status.ok() && std::ferror(file) != 0) status = io_error(path, ": the prompt cannot be read");
@@ -99,7 +101,7 @@ Result<std::string> GenerateCommand::write_text(Session& session, std::int64_t& 
     if (id == tokenizer.eod() && !past_end) break;
     const std::string piece = tokenizer.decode({&id, 1});
     text += piece;
-    if (json) continue;
+    if (output.json) continue;
     print(piece);
     EVERLONG_RETURN_IF_ERROR(flush_output());
   }
@@ -128,22 +130,9 @@ Status GenerateCommand::run() const {
   if (!save_state.empty())
     EVERLONG_RETURN_IF_ERROR(session.stream.save(save_state, {{kSamplerNote, session.sampler.save()}}));
 
+  EVERLONG_RETURN_IF_ERROR(flush_output());
   const auto rate = [](std::int64_t tokens, double seconds) { return static_cast<double>(tokens) / seconds; };
-  if (json) {
-    nlohmann::ordered_json object = {{"prompt", session.prompt_end},
-                                     {"text", text},
-                                     {"prompt_tokens", session.prompt_tokens},
-                                     {"tokens", count},
-                                     {"position", session.stream.position()},
-                                     {"state_bytes", session.stream.state_bytes()},
-                                     {"temperature", params.temperature},
-                                     {"seed", params.seed},
-                                     {"prompt_tokens_per_second", rate(session.prompt_tokens, read_seconds)},
-                                     {"tokens_per_second", rate(count, write_seconds)}};
-    object.update(describe(loaded.place));
-    print_json(object);
-  } else {
-    EVERLONG_RETURN_IF_ERROR(flush_output());
+  if (!output.json)
     note(cat("\n[read ", with_commas(session.prompt_tokens), " tokens",
              session.prompt_tokens > 0
                  ? cat(" at ", with_commas(static_cast<std::int64_t>(rate(session.prompt_tokens, read_seconds))), "/s") : "",
@@ -151,7 +140,18 @@ Status GenerateCommand::run() const {
              count > 0 ? cat(" at ", with_commas(static_cast<std::int64_t>(rate(count, write_seconds))), "/s") : "",
              "; position ", with_commas(session.stream.position()), ", state ",
              human_bytes(static_cast<double>(session.stream.state_bytes())), "]"));
-  }
+  nlohmann::ordered_json object = {{"prompt", session.prompt_end},
+                                   {"text", text},
+                                   {"prompt_tokens", session.prompt_tokens},
+                                   {"tokens", count},
+                                   {"position", session.stream.position()},
+                                   {"state_bytes", session.stream.state_bytes()},
+                                   {"temperature", params.temperature},
+                                   {"seed", params.seed},
+                                   {"prompt_tokens_per_second", rate(session.prompt_tokens, read_seconds)},
+                                   {"tokens_per_second", rate(count, write_seconds)}};
+  object.update(describe(loaded.place));
+  EVERLONG_RETURN_IF_ERROR(output.give(object, ""));
   return caught_signal() == 0 ? Status() : Status(StatusCode::kInterrupted, "interrupted; what was written is complete");
 }
 
@@ -180,7 +180,7 @@ void add_generate(Command& program) {
   generate.option("--load-state FILE", command.load_state,
                   "go on from a saved state; its random sequence goes on too, unless --seed begins a new one");
   generate.flag("--past-end", command.past_end, "go on when the model ends the document");
-  generate.flag("--json", command.json, "print one JSON object at the end");
+  command.output.add(generate);
   generate.example("everlong generate --model runs/demo --prompt 'The list method' --temperature 0.8");
   generate.example("cat book.txt | everlong generate --model runs/demo - --max-tokens 400",
                    "a prompt of any length from standard input");

@@ -4,6 +4,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "cli/terminal.h"
 #include "ops/runtime.h"
 
 namespace everlong::cli {
@@ -61,6 +62,18 @@ Result<TokenSource> TextOptions::open(const LoadedModel& loaded) const {
                             config.vocab_size, "). Prepare the text again with --tokenizer ", config.tokenizer);
   EVERLONG_ASSIGN(auto view, dataset.split(split));
   return TokenSource(std::move(view));
+}
+
+void OutputOptions::add(Command& command) {
+  command.flag("--json", json, "print one JSON object");
+  command.option("--save FILE", save, "write the JSON object to a file as well; `everlong report` reads it");
+}
+
+Status OutputOptions::give(const nlohmann::ordered_json& object, std::string_view text) const {
+  if (json) print_json(object);
+  else print(text);
+  if (save.empty()) return {};
+  return write_file(save, object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
 
 nlohmann::ordered_json describe(const Place& place) {

@@ -49,6 +49,16 @@ struct TextOptions {
   Result<TokenSource> open(const LoadedModel& loaded) const;
 };
 
+// Where a measurement goes besides the screen.
+struct OutputOptions {
+  bool json = false;
+  std::string save;
+
+  void add(Command& command);
+  // Prints the object (--json) or else the text, and writes the object to the file of --save.
+  Status give(const nlohmann::ordered_json& object, std::string_view text) const;
+};
+
 // device, dtype, threads, machine, commit: what a measurement is worth nothing without.
 nlohmann::ordered_json describe(const Place& place);
 

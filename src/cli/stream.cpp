@@ -14,7 +14,8 @@ struct StreamCommand {
   ModelOptions model;
   TextOptions text;
   StreamingOptions options;
-  bool no_score = false, json = false;
+  OutputOptions output;
+  bool no_score = false;
 
   Status run() const {
     auto wanted = options;
@@ -26,17 +27,14 @@ struct StreamCommand {
     EVERLONG_ASSIGN(const auto report, measure_streaming(stream, source, *loaded.tokenizer, wanted,
                                                          [&](std::int64_t done) { progress.update(done); }));
     progress.finish();
-    if (json) {
-      nlohmann::ordered_json object = {{"model", loaded.folder.string()}};
-      object.update(to_json(report));
-      object.update(describe(loaded.place));
-      print_json(object);
-      return {};
-    }
-    print(table(report));
-    print(cat(with_commas(report.tokens), " tokens in one stream in ", human_duration(report.seconds),
-              report.total.tokens > 0 ? cat("; ", fixed(report.total.bits_per_byte(), 4), " bits per byte") : "", "\n"));
-    return {};
+    nlohmann::ordered_json object = {{"model", loaded.folder.string()}};
+    object.update(to_json(report));
+    object.update(describe(loaded.place));
+    return output.give(object,
+                       cat(table(report), with_commas(report.tokens), " tokens in one stream in ",
+                           human_duration(report.seconds),
+                           report.total.tokens > 0 ? cat("; ", fixed(report.total.bits_per_byte(), 4), " bits per byte") : "",
+                           "\n"));
   }
 
   static std::string table(const StreamingReport& report) {
@@ -77,7 +75,7 @@ void add_stream(Command& program) {
   stream.option("--feed N", command.options.feed, "tokens fed at a time");
   stream.option("--rounds N", command.options.rounds, "of timing at the marks; 0: none");
   stream.flag("--no-score", command.no_score, "only feed: faster, but no bits per byte");
-  stream.flag("--json", command.json, "print one JSON object");
+  command.output.add(stream);
   stream.example("everlong stream --model runs/demo --data data/python-doc.tokens");
   stream.example("everlong stream --model runs/demo --text book.txt --tokens 50000 --marks 1000,50000");
   stream.run([] { return command.run(); });

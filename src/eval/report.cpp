@@ -22,7 +22,7 @@ Result<ordered_json> read_optional(const fs::path& path) {
   if (text.status().code() == StatusCode::kNotFound) return ordered_json();
   if (!text.ok()) return text.status();
   auto value = ordered_json::parse(*text, nullptr, /*allow_exceptions=*/false);
-  if (value.is_discarded()) return corrupt(path.string(), ": is not JSON; make it again with --json");
+  if (value.is_discarded()) return corrupt(path.string(), ": is not JSON; make it again");
   return value;
 }
 
@@ -231,12 +231,12 @@ std::string missing(const Run& run) {
   std::string out;
   const std::string model = (run.folder / "model").string();
   const auto hint = [&](bool there, const std::string& what, const std::string& command, const char* file) {
-    if (!there) out += cat("<li>", what, ": <code>", html_escape(cat(command, " > ", (run.folder / file).string())), "</code></li>");
+    if (!there) out += cat("<li>", what, ": <code>", html_escape(cat(command, " --save ", (run.folder / file).string())), "</code></li>");
   };
-  hint(run.streaming.is_object(), "speed and memory by position", cat("everlong stream --model ", model, " --data DATA --json"),
+  hint(run.streaming.is_object(), "speed and memory by position", cat("everlong stream --model ", model, " --data DATA"),
        kStreamingFile);
-  hint(run.baselines.is_object(), "baselines", "everlong eval baselines --data DATA --json", kBaselinesFile);
-  hint(run.sample.is_object(), "a continuation", cat("everlong generate --model ", model, " --prompt TEXT --json"), kSampleFile);
+  hint(run.baselines.is_object(), "baselines", "everlong eval baselines --data DATA", kBaselinesFile);
+  hint(run.sample.is_object(), "a continuation", cat("everlong generate --model ", model, " --prompt TEXT"), kSampleFile);
   return out.empty() ? "" : cat("<h2>Not measured yet</h2>\n<ul>", out, "</ul>\n");
 }
 

@@ -6,14 +6,17 @@
 namespace everlong {
 namespace {
 
-constexpr std::int64_t kBlock = 64;  // sqrt of a few thousand positions: fewest calls of sin and cos for such a run
+constexpr std::int64_t kBlock =
+    64;  // sqrt of a few thousand positions: fewest calls of sin and cos for such a run
 
-// p = kBlock * high + low; the angle of p is the sum of the two, and the sum formulas cost four products where sin and
-// cos cost thirty times as much.
+// p = kBlock * high + low; the angle of p is the sum of the two, and the sum formulas cost four
+// products where sin and cos cost thirty times as much.
 template <class T>
-void angles(std::span<const std::int64_t> positions, std::span<const double> frequencies, T* cos, T* sin) {
+void angles(std::span<const std::int64_t> positions, std::span<const double> frequencies, T* cos,
+            T* sin) {
   const std::size_t pairs = frequencies.size();
-  std::vector<double> low_cos(kBlock * pairs), low_sin(kBlock * pairs), high_cos(pairs), high_sin(pairs);
+  std::vector<double> low_cos(kBlock * pairs), low_sin(kBlock * pairs), high_cos(pairs),
+      high_sin(pairs);
   std::array<bool, kBlock> known{};
   std::int64_t block = -1;
   const auto turn = [&](std::int64_t position, double* c, double* s) {
@@ -49,13 +52,13 @@ std::vector<double> rope_frequencies(double theta, std::int64_t rotary_dim) {
   return out;
 }
 
-void rope_angles(std::span<const std::int64_t> positions, std::span<const double> frequencies, float* cos,
-                 float* sin) {
+void rope_angles(std::span<const std::int64_t> positions, std::span<const double> frequencies,
+                 float* cos, float* sin) {
   angles(positions, frequencies, cos, sin);
 }
 
-void rope_angles(std::span<const std::int64_t> positions, std::span<const double> frequencies, double* cos,
-                 double* sin) {
+void rope_angles(std::span<const std::int64_t> positions, std::span<const double> frequencies,
+                 double* cos, double* sin) {
   angles(positions, frequencies, cos, sin);
 }
 

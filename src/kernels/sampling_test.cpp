@@ -205,5 +205,26 @@ TEST(Sampling, ParametersOutOfRangeAreRefusedByName) {
   expect_named({.penalty_window = -1}, "penalty_window");
 }
 
+TEST(Sampler, GoesOnFromItsSavedTextAsIfNeverStopped) {
+  const SamplingParams params{.repetition_penalty = 1.5, .penalty_window = 5, .seed = 3};
+  std::vector<float> logits;
+  for (int i = 0; i < 20; ++i) logits.push_back(static_cast<float>(std::sin(1.7 * i)));
+  Sampler whole(params);
+  for (int i = 0; i < 33; ++i) ASSERT_TRUE(whole.draw(logits).ok());
+  Sampler again(params);
+  ASSERT_TRUE(again.restore(whole.save()).ok());
+  for (int i = 0; i < 200; ++i) EXPECT_EQ(*again.draw(logits), *whole.draw(logits)) << "draw " << i;
+}
+
+TEST(Sampler, RefusesTextThatNoSamplerSavedAndStaysAsItWas) {
+  Sampler sampler(SamplingParams{.seed = 4}), same(SamplingParams{.seed = 4});
+  const std::string sound = sampler.save();
+  for (const std::string& text : {std::string(), std::string("x"), std::string("3 1 2"), std::string("99999999999 1"),
+                                  sound + " 1", sound.substr(0, sound.size() / 2)})
+    EXPECT_FALSE(sampler.restore(text).ok()) << text.substr(0, 20);
+  const std::vector<float> logits(50, 0.0f);
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(*sampler.draw(logits), *same.draw(logits));
+}
+
 }  // namespace
 }  // namespace everlong

@@ -13,12 +13,13 @@ struct Names {
 
 class Mlp final : public GatedMlp {
  public:
-  Mlp(const Names& names, bool silu, std::int64_t hidden, std::int64_t intermediate, std::int64_t num_layers)
+  Mlp(const Names& names, bool silu, std::int64_t hidden, std::int64_t intermediate,
+      std::int64_t num_layers)
       : silu_(silu),
         gate_(register_module(names.gate, std::make_shared<Linear>(hidden, intermediate))),
         up_(register_module(names.up, std::make_shared<Linear>(hidden, intermediate))),
-        down_(register_module(names.down,
-                              std::make_shared<Linear>(intermediate, hidden, residual_gain(num_layers)))) {}
+        down_(register_module(names.down, std::make_shared<Linear>(intermediate, hidden,
+                                                                   residual_gain(num_layers)))) {}
 
   at::Tensor forward(const at::Tensor& x) override {
     const at::Tensor gate = gate_->forward(x);
@@ -33,7 +34,8 @@ class Mlp final : public GatedMlp {
 }  // namespace
 
 Result<std::shared_ptr<GatedMlp>> make_gated_mlp(const std::string& name, std::int64_t hidden_size,
-                                                 std::int64_t intermediate_size, std::int64_t num_layers) {
+                                                 std::int64_t intermediate_size,
+                                                 std::int64_t num_layers) {
   if (name != "sglu" && name != "swiglu")
     return invalid_argument("\"", name, "\" is not a gated MLP; known: sglu, swiglu");
   const bool silu = name == "swiglu";

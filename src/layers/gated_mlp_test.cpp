@@ -17,9 +17,9 @@ TEST(GatedMlp, SgluMultipliesWithoutActivation) {
   const auto mlp = make_gated_mlp("sglu", 6, 10, 3).value();
   mlp->to(at::kDouble);
   const at::Tensor x = at::randn({2, 3, 6}, at::kDouble);
-  const at::Tensor want = at::matmul(at::matmul(x, weight(*mlp, "l1.weight").t()) *
-                                         at::matmul(x, weight(*mlp, "l2.weight").t()),
-                                     weight(*mlp, "l3.weight").t());
+  const at::Tensor want = at::matmul(
+      at::matmul(x, weight(*mlp, "l1.weight").t()) * at::matmul(x, weight(*mlp, "l2.weight").t()),
+      weight(*mlp, "l3.weight").t());
   EXPECT_TRUE(at::allclose(mlp->forward(x), want, 1e-12, 1e-13));
 }
 
@@ -28,8 +28,9 @@ TEST(GatedMlp, SwigluGatesWithSilu) {
   mlp->to(at::kDouble);
   const at::Tensor x = at::randn({2, 3, 6}, at::kDouble);
   const at::Tensor gate = at::matmul(x, weight(*mlp, "gate_proj.weight").t());
-  const at::Tensor want = at::matmul(gate * at::sigmoid(gate) * at::matmul(x, weight(*mlp, "up_proj.weight").t()),
-                                     weight(*mlp, "down_proj.weight").t());
+  const at::Tensor want =
+      at::matmul(gate * at::sigmoid(gate) * at::matmul(x, weight(*mlp, "up_proj.weight").t()),
+                 weight(*mlp, "down_proj.weight").t());
   EXPECT_TRUE(at::allclose(mlp->forward(x), want, 1e-12, 1e-13));
 }
 
@@ -44,7 +45,8 @@ TEST(GatedMlp, InitialisesForItsFanInAndDepth) {
 TEST(GatedMlp, RefusesOtherNames) { EXPECT_FALSE(make_gated_mlp("geglu", 4, 4, 1).ok()); }
 
 TEST(Norm, FactoryKnowsBothByName) {
-  const auto plain = make_norm("srms", 8, 1e-5).value(), learned = make_norm("rms", 8, 1e-5).value();
+  const auto plain = make_norm("srms", 8, 1e-5).value(),
+             learned = make_norm("rms", 8, 1e-5).value();
   EXPECT_EQ(plain->parameters().size(), 0U);
   ASSERT_EQ(learned->named_parameters().keys(), std::vector<std::string>{"weight"});
   at::Tensor scale = weight(*learned, "weight");

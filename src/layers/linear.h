@@ -18,7 +18,8 @@ class Linear : public torch::nn::Module {
   at::Tensor weight_;
 };
 
-// Gain of the projections that write into the residual stream: each of the 2 num_layers of them adds its variance.
+// Gain of the projections that write into the residual stream: each of the 2 num_layers of them
+// adds its variance.
 double residual_gain(std::int64_t num_layers);  // 1 / sqrt(2 num_layers)
 
 }  // namespace everlong

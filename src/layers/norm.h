@@ -9,8 +9,8 @@
 
 namespace everlong {
 
-// SRMSNorm (TransNormerLLM): x * rsqrt(mean(x^2) + eps) over the last dimension, no weight. fp32 inside (fp64 stays
-// fp64), the result in the dtype of x.
+// SRMSNorm (TransNormerLLM): x * rsqrt(mean(x^2) + eps) over the last dimension, no weight. fp32
+// inside (fp64 stays fp64), the result in the dtype of x.
 at::Tensor simple_rms_norm(const at::Tensor& x, double eps);
 
 class Norm : public torch::nn::Module {

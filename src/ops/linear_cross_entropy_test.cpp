@@ -11,9 +11,11 @@ struct Case {
   at::Tensor hidden, weight, targets;
 };
 
-Case random_case(std::int64_t tokens, std::int64_t width, std::int64_t vocabulary, at::ScalarType dtype) {
+Case random_case(std::int64_t tokens, std::int64_t width, std::int64_t vocabulary,
+                 at::ScalarType dtype) {
   at::manual_seed(static_cast<std::uint64_t>(tokens));
-  Case c{at::randn({tokens, width}, at::kDouble).to(dtype), at::randn({vocabulary, width}, at::kDouble).to(dtype),
+  Case c{at::randn({tokens, width}, at::kDouble).to(dtype),
+         at::randn({vocabulary, width}, at::kDouble).to(dtype),
          at::randint(vocabulary, {tokens}, at::kLong)};
   if (tokens > 4) {
     c.targets[0] = kIgnoredTarget;  // at an edge, beside another, and alone
@@ -76,7 +78,8 @@ TEST(LinearCrossEntropy, AllIgnoredGivesZeroLossAndGradient) {
 }
 
 TEST(LinearCrossEntropy, LowPrecisionAccumulatesTheWeightGradientInFp32) {
-  // 4096 tokens in 64 chunks: a bf16 accumulator would stop growing when a chunk's share falls below 2^-8 of the sum.
+  // 4096 tokens in 64 chunks: a bf16 accumulator would stop growing when a chunk's share falls
+  // below 2^-8 of the sum.
   const Case c = random_case(4096, 8, 5, at::kBFloat16);
   const auto got = linear_cross_entropy(c.hidden, c.weight, c.targets, 64);
   Case wide{c.hidden.detach().to(at::kDouble).requires_grad_(true),
@@ -88,7 +91,8 @@ TEST(LinearCrossEntropy, LowPrecisionAccumulatesTheWeightGradientInFp32) {
   const auto expected = torch::autograd::grad({want.sum()}, {wide.hidden, wide.weight});
   for (std::size_t i = 0; i < 2; ++i) {
     EXPECT_EQ(gradients[i].scalar_type(), at::kBFloat16);
-    EXPECT_LT(largest(gradients[i].to(at::kDouble) - expected[i]), 0x1p-8 * largest(expected[i])) << i;
+    EXPECT_LT(largest(gradients[i].to(at::kDouble) - expected[i]), 0x1p-8 * largest(expected[i]))
+        << i;
   }
 }
 

@@ -70,6 +70,10 @@ class Operator {
   // The rest is asked of sequence operators only.
   // Random double tensors on the CPU: inputs, and a state when shape.initial_state.
   virtual OpCall sample(const OpShape& shape) const = 0;
+  // The dtype of a state's floating tensors for inputs of `dtype`: accumulators are fp32, fp64 for fp64.
+  virtual at::ScalarType state_dtype(at::ScalarType dtype) const {
+    return dtype == at::kDouble ? at::kDouble : at::kFloat;
+  }
   // Inputs whose dimension 1 is the token; the others are shared by every piece of a split.
   virtual std::vector<std::string> token_inputs() const = 0;
   virtual std::vector<OpShape> law_shapes() const = 0;  // shapes beyond the common ones: dk != dv, GQA, windows, ...

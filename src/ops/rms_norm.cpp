@@ -59,8 +59,8 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
 }  // namespace
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
-  TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_floating_point(),
-                    "rms_norm: x has ", x.dim(), " dimensions of dtype ", x.scalar_type(),
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_floating_point(), "rms_norm: x has ", x.dim(),
+                    " dimensions of dtype ", x.scalar_type(),
                     "; floating point with at least one dimension is needed");
   TORCH_CHECK_VALUE(!weight.defined() || (weight.dim() == 1 && weight.size(0) == x.size(-1)),
                     "rms_norm: weight has shape ", weight.sizes(), "; [", x.size(-1),

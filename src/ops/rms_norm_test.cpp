@@ -18,7 +18,8 @@ TEST(RmsNorm, EqualsTheFormulaAndItsGradient) {
   at::manual_seed(1);
   for (const bool weighted : {false, true}) {
     const at::Tensor x = at::randn({3, 5, 24}, at::kDouble).requires_grad_(true);
-    const at::Tensor weight = weighted ? at::randn({24}, at::kDouble).requires_grad_(true) : at::Tensor();
+    const at::Tensor weight =
+        weighted ? at::randn({24}, at::kDouble).requires_grad_(true) : at::Tensor();
     const at::Tensor g = at::randn({3, 5, 24}, at::kDouble);
     const at::Tensor y = rms_norm(x, weight, 1e-2), want = direct(x, weight, 1e-2);
     EXPECT_LT(largest(y - want), 1e-13);
@@ -26,20 +27,23 @@ TEST(RmsNorm, EqualsTheFormulaAndItsGradient) {
     if (weighted) sources.push_back(weight);
     const auto got = torch::autograd::grad({y}, sources, {g});
     const auto expected = torch::autograd::grad({want}, sources, {g});
-    for (std::size_t i = 0; i < sources.size(); ++i) EXPECT_LT(largest(got[i] - expected[i]), 1e-12) << i;
+    for (std::size_t i = 0; i < sources.size(); ++i)
+      EXPECT_LT(largest(got[i] - expected[i]), 1e-12) << i;
   }
 }
 
 TEST(RmsNorm, LowPrecisionIsRoundedOnce) {
   at::manual_seed(2);
-  // Squares of 300 overflow fp16 and lose all digits of the sum in bf16: only fp32 inside gets this right.
+  // Squares of 300 overflow fp16 and lose all digits of the sum in bf16: only fp32 inside gets this
+  // right.
   for (const auto dtype : {at::kBFloat16, at::kHalf}) {
     const at::Tensor x = at::randn({4, 512}, at::kDouble).mul_(300).to(dtype);
     const at::Tensor weight = at::ones({512}, dtype);
     const at::Tensor y = rms_norm(x, weight, 1e-6);
     EXPECT_EQ(y.scalar_type(), dtype);
     const at::Tensor want = direct(x.to(at::kDouble), weight.to(at::kDouble), 1e-6);
-    const double ulp = dtype == at::kHalf ? 0x1p-11 : 0x1p-8;  // half a unit in the last place, relative
+    const double ulp =
+        dtype == at::kHalf ? 0x1p-11 : 0x1p-8;  // half a unit in the last place, relative
     EXPECT_LT(largest((y.to(at::kDouble) - want) / want.abs().clamp_min(1e-3)), 1.01 * ulp);
   }
 }

@@ -10,7 +10,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // First and second coordinates of every pair, as views [.., F].
-std::pair<at::Tensor, at::Tensor> split_pairs(const at::Tensor& x, std::int64_t count, bool interleaved) {
+std::pair<at::Tensor, at::Tensor> split_pairs(const at::Tensor& x, std::int64_t count,
+                                              bool interleaved) {
   const at::Tensor turned = x.narrow(-1, 0, 2 * count);
   if (!interleaved) return {turned.narrow(-1, 0, count), turned.narrow(-1, count, count)};
   const at::Tensor pairs = turned.unflatten(-1, {count, 2});
@@ -18,8 +19,8 @@ std::pair<at::Tensor, at::Tensor> split_pairs(const at::Tensor& x, std::int64_t 
 }
 
 // (a, b) -> (a cos - sign b sin, b cos + sign a sin).
-at::Tensor rotate(const at::Tensor& x_in, const at::Tensor& cos, const at::Tensor& sin, bool interleaved,
-                  double sign) {
+at::Tensor rotate(const at::Tensor& x_in, const at::Tensor& cos, const at::Tensor& sin,
+                  bool interleaved, double sign) {
   const std::int64_t count = cos.size(-1), rest = x_in.size(-1) - 2 * count;
   const at::Tensor x = x_in.to(cos.scalar_type());
   at::Tensor out = at::empty_like(x, at::MemoryFormat::Contiguous);
@@ -49,21 +50,24 @@ struct RopeFunction : torch::autograd::Function<RopeFunction> {
 }  // namespace
 
 RopeTable make_rope_table(std::span<const std::int64_t> positions, std::int64_t batch,
-                          std::span<const double> frequencies, RopePairs pairs, at::ScalarType dtype,
-                          at::Device device) {
+                          std::span<const double> frequencies, RopePairs pairs,
+                          at::ScalarType dtype, at::Device device) {
   for (const std::int64_t position : positions)
     TORCH_CHECK_VALUE(position >= 0, "rope: position ", position, " is negative");
   const auto count = static_cast<std::int64_t>(frequencies.size());
-  const auto tokens = static_cast<std::int64_t>(positions.size()) / std::max<std::int64_t>(batch, 1);
+  const auto tokens =
+      static_cast<std::int64_t>(positions.size()) / std::max<std::int64_t>(batch, 1);
   const auto shape = batch > 1 ? std::vector<std::int64_t>{batch, tokens, count}
                                : std::vector<std::int64_t>{tokens, count};
   const bool wide = dtype == at::kDouble;
   const auto options = at::TensorOptions().dtype(wide ? at::kDouble : at::kFloat);
   at::Tensor cos = at::empty(shape, options), sin = at::empty(shape, options);
   if (wide) {
-    rope_angles(positions, frequencies, cos.mutable_data_ptr<double>(), sin.mutable_data_ptr<double>());
+    rope_angles(positions, frequencies, cos.mutable_data_ptr<double>(),
+                sin.mutable_data_ptr<double>());
   } else {
-    rope_angles(positions, frequencies, cos.mutable_data_ptr<float>(), sin.mutable_data_ptr<float>());
+    rope_angles(positions, frequencies, cos.mutable_data_ptr<float>(),
+                sin.mutable_data_ptr<float>());
   }
   return {cos.to(device), sin.to(device), pairs};
 }
@@ -71,8 +75,9 @@ RopeTable make_rope_table(std::span<const std::int64_t> positions, std::int64_t 
 at::Tensor apply_rope(const at::Tensor& x_BTHD, const RopeTable& table) {
   TORCH_CHECK_VALUE(x_BTHD.dim() >= 3 && table.cos.size(-2) == x_BTHD.size(-3) &&
                         2 * table.cos.size(-1) <= x_BTHD.size(-1),
-                    "rope: a table of shape ", table.cos.sizes(), " (positions, pairs) does not fit x of shape ",
-                    x_BTHD.sizes(), "; [.., T, H, D] with T positions and 2 pairs <= D is needed");
+                    "rope: a table of shape ", table.cos.sizes(),
+                    " (positions, pairs) does not fit x of shape ", x_BTHD.sizes(),
+                    "; [.., T, H, D] with T positions and 2 pairs <= D is needed");
   return RopeFunction::apply(x_BTHD, table.cos, table.sin, table.pairs == RopePairs::kInterleaved);
 }
 

@@ -32,8 +32,8 @@ class TemporaryFolder {
   fs::path path_;
 };
 
-// Documents in which every random letter is said twice: "ccaaffbb...". Whoever looks only at the last letter loses
-// 1.96 nats a letter, whoever remembers whether it was the first or the second 1.39 to 1.45.
+// Documents that copy themselves: two random letters, over and over, "fkfkfk...". Whoever looks only at the last
+// letter loses ln 16 = 2.77 nats a letter, whoever remembers the one before nearly none.
 void write_dataset(const fs::path& folder) {
   std::mt19937 random(1);
   DatasetInfo info{.tokenizer = "bytes", .vocab_size = 259, .eod = kEndOfDocument, .valid_fraction = 0.1, .splits = {}};
@@ -41,7 +41,9 @@ void write_dataset(const fs::path& folder) {
     SplitWriter writer(folder, name, 1 << 20);
     for (int d = 0; d < documents; ++d) {
       std::vector<std::int32_t> ids;
-      for (int i = 0; i < 60; ++i) ids.insert(ids.end(), 2, static_cast<std::int32_t>(random() % kLetters));
+      const std::int32_t pair[] = {static_cast<std::int32_t>(random() % kLetters),
+                                   static_cast<std::int32_t>(random() % kLetters)};
+      for (int i = 0; i < 60; ++i) ids.insert(ids.end(), std::begin(pair), std::end(pair));
       ids.push_back(kEndOfDocument);
       ASSERT_TRUE(writer.add(ids, 120).ok());
     }
@@ -74,7 +76,7 @@ steps = 20
 learning_rate = 1e-2
 warmup_steps = 5
 weight_decay = 0.01
-threads = 2
+threads = 1
 device = "cpu"
 )",
                               "test.toml", overrides);
@@ -94,13 +96,13 @@ device = "cpu"
   TemporaryFolder folder_;
 };
 
-TEST_F(TrainerTest, LearnsToLookFurtherBackThanOneToken) {
-  auto run = run_file({"train.steps=150", "train.carry=detached"});
+TEST_F(TrainerTest, LearnsToCopyWhatTheLastTokenDoesNotTell) {
+  auto run = run_file({"train.steps=200", "train.carry=detached"});
   const auto report = train(run);
   ASSERT_TRUE(report.ok()) << report.status().message();
-  EXPECT_LT(report->loss, 1.75);
+  EXPECT_LT(report->loss, 2.0);
   ASSERT_TRUE(report->valid.has_value());
-  EXPECT_LT(report->valid->loss, 1.75);
+  EXPECT_LT(report->valid->loss, 2.0);
   EXPECT_EQ(report->valid->tokens, 20 * 121);
   // 120 predictions and 120 bytes a document.
   EXPECT_NEAR(report->valid->bits_per_byte, report->valid->loss / std::log(2), 1e-9);
@@ -115,9 +117,10 @@ TEST_F(TrainerTest, SameRunFileGivesTheSameLossesBitForBit) {
     return all;
   };
   for (const std::string carry : {"none", "detached"}) {
-    const auto first = losses({"train.carry=" + carry});
-    EXPECT_EQ(first, losses({"train.carry=" + carry}));
-    EXPECT_NE(first, losses({"train.carry=" + carry, "train.seed=2"}));
+    const std::vector<std::string> overrides = {"train.threads=2", "train.carry=" + carry};
+    const auto first = losses(overrides);
+    EXPECT_EQ(first, losses(overrides));
+    EXPECT_NE(first, losses({"train.threads=2", "train.seed=2"}));
   }
 }
 
@@ -172,7 +175,7 @@ TEST_F(TrainerTest, LossThatIsNotFiniteStopsTheRunAndKeepsTheLastSave) {
   }
   const auto failed = (*trainer)->step(0);
   ASSERT_FALSE(failed.ok());
-  EXPECT_NE(failed.status().message().find("step 2: loss = nan"), std::string::npos) << failed.status().message();
+  EXPECT_NE(failed.status().message().find("step 2: loss = "), std::string::npos) << failed.status().message();
   EXPECT_EQ(*read_file(saved->model_folder / "model.safetensors"), before);
 }
 

@@ -29,12 +29,13 @@ inline std::vector<Run> runs_on(const std::vector<OpForm>& forms, at::Device dev
   return runs;
 }
 
-// The room's own law shapes, each also with an initial state, and one packed line with empty and short sequences.
+// The room's own law shapes at this length, each also with an initial state.
 inline std::vector<OpShape> shapes_of(const Operator& op, std::int64_t tokens) {
   std::vector<OpShape> shapes = op.law_shapes();
   shapes.insert(shapes.begin(), OpShape{});
   std::vector<OpShape> out;
   for (OpShape shape : shapes) {
+    if (!shape.cu_seqlens.empty()) continue;  // packed_shapes()
     shape.tokens = tokens;
     shape.batch = 2;
     for (const bool initial : {false, true}) {
@@ -55,18 +56,26 @@ inline OpShape packed_shape(std::uint64_t seed) {
   return shape;
 }
 
+// One packed line with empty and short sequences, and those of the room.
+inline std::vector<OpShape> packed_shapes(const Operator& op) {
+  std::vector<OpShape> out = {packed_shape(7)};
+  for (const OpShape& shape : op.law_shapes())
+    if (!shape.cu_seqlens.empty()) out.push_back(shape);
+  return out;
+}
+
 // The call with its floating tensors in `dtype` on `device`; what selects or scales (integers) only moves.
-inline OpCall cast(const OpCall& call, at::Device device, at::ScalarType dtype) {
+inline OpCall cast(const Operator& op, const OpCall& call, at::Device device, at::ScalarType dtype) {
   OpCall out = call;
   out.inputs = test::to(call.inputs, device, dtype);
-  out.state = test::to(call.state, device, dtype == at::kDouble ? at::kDouble : at::kFloat);
+  out.state = test::to(call.state, device, op.state_dtype(dtype));
   out.grad_out = test::to(call.grad_out, device, dtype);
   return out;
 }
 
 // What the float64 reference makes of the very values that a low-precision form was given.
 inline Result<OpResult> truth(const Operator& op, const OpCall& given) {
-  return op.run(op.forms().front().name, cast(given, at::kCPU, at::kDouble));
+  return op.run(op.forms().front().name, cast(op, given, at::kCPU, at::kDouble));
 }
 
 inline void seed_all(std::uint64_t seed) { at::manual_seed(seed); }

@@ -106,7 +106,8 @@ int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
   // Before any other call of torch: afterwards CUDA would stay unknown. Without a GPU this fails, and only the _Cuda
   // cases need it.
-  if (testing::GTEST_FLAG(filter).find("Cuda") != std::string::npos)
+  const std::string wanted = testing::GTEST_FLAG(filter).substr(0, testing::GTEST_FLAG(filter).find('-'));
+  if (wanted.find("Cuda") != std::string::npos || wanted.find("Slow") != std::string::npos)
     if (const everlong::Status status = everlong::load_cuda_backend(); !status.ok()) {
       std::fprintf(stderr, "%s\n", status.message().c_str());
       return 1;

@@ -28,7 +28,7 @@ void compare_forms(const Operator& op, at::Device device, const OpShape& shape, 
   }
   std::map<at::ScalarType, std::map<std::string, double>> naive;
   for (const Run& run : runs_on(forms, device)) {
-    const OpCall given = cast(call, device, run.dtype);
+    const OpCall given = cast(op, call, device, run.dtype);
     const auto expected = truth(op, given);
     const auto actual = op.run(run.form->name, given);
     if (!expected.ok() || !actual.ok()) {
@@ -91,14 +91,14 @@ void differences(const Operator& op, const OpShape& shape, Violations& broken) {
 Violations forms_agree(const Operator& op, at::Device device) {
   Violations broken;
   for (const OpShape& shape : shapes_of(op, 65)) compare_forms(op, device, shape, false, broken);
-  compare_forms(op, device, packed_shape(7), false, broken);
+  for (const OpShape& shape : packed_shapes(op)) compare_forms(op, device, shape, false, broken);
   return broken;
 }
 
 Violations gradients_agree(const Operator& op, at::Device device) {
   Violations broken;
   for (const OpShape& shape : shapes_of(op, 65)) compare_forms(op, device, shape, true, broken);
-  compare_forms(op, device, packed_shape(8), true, broken);
+  for (const OpShape& shape : packed_shapes(op)) compare_forms(op, device, shape, true, broken);
   for (OpShape shape : shapes_of(op, 7)) differences(op, shape, broken);
   differences(op, packed_shape(9), broken);
   return broken;

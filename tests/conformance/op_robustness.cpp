@@ -53,7 +53,7 @@ Violations poison_is_overwritten(const Operator& op, at::Device device) {
   for (const Run& run : runs_on(forms, device)) {
     for (const std::int64_t tokens : {1, 65}) {
       for (const OpShape& shape : shapes_of(op, tokens)) {
-        const auto call = with_gradients(op, cast(op.sample(shape), device, run.dtype), run.form->name);
+        const auto call = with_gradients(op, cast(op, op.sample(shape), device, run.dtype), run.form->name);
         if (!call.ok()) {
           broken.push_back(cat(label(op, run, shape), ": ", call.status().message()));
           continue;
@@ -71,8 +71,8 @@ Violations same_input_same_bits(const Operator& op, at::Device device) {
   Violations broken;
   const auto forms = op.forms();
   for (const Run& run : runs_on(forms, device)) {
-    for (OpShape shape : shapes_of(op, 300)) {
-      const auto call = with_gradients(op, cast(op.sample(shape), device, run.dtype), run.form->name);
+    for (OpShape shape : shapes_of(op, 130)) {
+      const auto call = with_gradients(op, cast(op, op.sample(shape), device, run.dtype), run.form->name);
       if (!call.ok()) {
         broken.push_back(cat(label(op, run, shape), ": ", call.status().message()));
         continue;
@@ -112,20 +112,25 @@ Violations bad_calls_are_refused(const Operator& op, at::Device device) {
 Violations awkward_lengths_and_strides(const Operator& op, at::Device device) {
   Violations broken;
   const auto forms = op.forms();
+  std::map<std::pair<std::int64_t, at::ScalarType>, Result<OpResult>> truths;  // the reference at T = 1000 takes a while
   for (const Run& run : runs_on(forms, device)) {
     for (const std::int64_t tokens : kLengths) {
+      // The oracle's other forms are held against it at shorter lengths (law 1).
+      if (tokens == 1000 && run.form->name.starts_with("reference")) continue;
       OpShape shape;
       shape.batch = 2;
       shape.tokens = tokens;
       shape.initial_state = tokens % 2 == 1;
       shape.seed = static_cast<std::uint64_t>(tokens) + 21;
-      const auto call = with_gradients(op, cast(op.sample(shape), device, run.dtype), run.form->name);
+      const auto call = with_gradients(op, cast(op, op.sample(shape), device, run.dtype), run.form->name);
       if (!call.ok()) {
         broken.push_back(cat(label(op, run, shape), ": ", call.status().message()));
         continue;
       }
       const auto result = op.run(run.form->name, *call);
-      const auto expected = truth(op, *call);
+      const auto key = std::pair{tokens, run.dtype};
+      if (!truths.contains(key)) truths.emplace(key, truth(op, *call));
+      const auto& expected = truths.at(key);
       if (!result.ok() || !expected.ok()) {
         broken.push_back(cat(label(op, run, shape), ": ", result.status().message(), expected.status().message()));
         continue;
@@ -140,7 +145,17 @@ Violations awkward_lengths_and_strides(const Operator& op, at::Device device) {
       for (const auto& name : op.token_inputs()) strided.inputs[name] = strided_copy(call->inputs.at(name));
       for (auto& [name, t] : strided.grad_out)
         if (!name.starts_with("state.")) t = strided_copy(t);
-      compare_bits(cat(label(op, run, shape), " behind free strides"), result, op.run(run.form->name, strided), broken);
+      // Not bit for bit: a matrix product may choose another kernel by strides.
+      const auto behind = op.run(run.form->name, strided);
+      if (!behind.ok()) {
+        broken.push_back(cat(label(op, run, shape), " behind free strides: ", behind.status().message()));
+        continue;
+      }
+      for (const auto& [name, t] : flat(*behind)) {
+        const double error = test::relative_error(t, flat(*result).at(name));
+        if (!(error <= tolerance::floor_of(run.dtype)))
+          broken.push_back(cat(label(op, run, shape), " behind free strides: ", name, " is off by ", error));
+      }
     }
   }
   return broken;
@@ -155,7 +170,7 @@ Violations more_than_2_to_the_31_elements(const Operator& op, at::Device device)
   shape.heads = shape.kv_heads = 16;
   shape.key_dim = shape.value_dim = 128;
   constexpr std::int64_t kRows = 4097;
-  OpCall alone = cast(op.sample(shape), device, at::kBFloat16);
+  OpCall alone = cast(op, op.sample(shape), device, at::kBFloat16);
   const auto forms = op.forms();
   for (const OpForm& form : forms) {
     if (!form.low_precision || form.name == "naive" || (device.is_cpu() ? !form.cpu : !form.cuda)) continue;

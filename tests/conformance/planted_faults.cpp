@@ -182,6 +182,7 @@ class FaultyMixer : public Mixer {
   }
   at::Tensor forward(const at::Tensor& x, const Sequences& sequences, State* state) override {
     auto* faulty = dynamic_cast<FaultyState*>(state);
+    if (faulty != nullptr) faulty->inner_->positions() = faulty->positions();
     at::Tensor y = inner_->forward(x, sequences, faulty != nullptr ? faulty->inner_.get() : nullptr);
     if (spoil_) spoil_(x, faulty != nullptr ? faulty->inner_.get() : nullptr, y);
     if (faulty != nullptr) faulty->positions() = faulty->inner_->positions();

@@ -1,6 +1,7 @@
 // Small models over the registry, for the tests of models and sessions.
 #pragma once
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -10,8 +11,9 @@
 
 #include "mechanisms/mechanism.h"
 #include "models/decoder.h"
+#include "support/compare.h"
 
-namespace everlong::support {
+namespace everlong::test {
 
 inline ModelConfig small_config(const std::string& block,
                                 const std::vector<std::string>& layer_types) {
@@ -41,31 +43,24 @@ inline std::vector<ModelConfig> small_configs() {
   return configs;
 }
 
-inline std::shared_ptr<Decoder> small_model(const ModelConfig& config, std::uint64_t seed = 1) {
+// Weights in double by default: then a law holds to rounding far below any mistake.
+inline std::shared_ptr<Decoder> small_model(const ModelConfig& config,
+                                            at::ScalarType dtype = at::kDouble,
+                                            std::uint64_t seed = 1) {
+  at::set_num_threads(1);  // a second thread would only wait for work this small
   at::manual_seed(seed);
   auto model = Decoder::make(config);
   if (!model.ok()) {
     ADD_FAILURE() << model.status().message();
     return nullptr;
   }
+  (*model)->to(dtype);
   return *std::move(model);
 }
 
 inline std::string describe(const ModelConfig& config) {
   return cat(config.block, " of ", join(config.layer_types, ", "));
 }
-
-// Largest difference over the largest magnitude: what a change of the order of sums may cost.
-inline double relative_difference(const at::Tensor& a, const at::Tensor& b) {
-  if (a.sizes() != b.sizes()) return INFINITY;
-  if (a.numel() == 0) return 0;
-  const at::Tensor expected = b.to(at::kDouble);
-  const double scale = std::max(expected.abs().max().item<double>(), 1e-12);
-  return (a.to(at::kDouble) - expected).abs().max().item<double>() / scale;
-}
-
-// fp32 through a few layers, summed in another order: some hundred roundings of 6e-8.
-constexpr double kFp32Layers = 5e-5;
 
 // A folder of this process that goes with the object.
 class TemporaryFolder {
@@ -85,4 +80,4 @@ class TemporaryFolder {
   fs::path path_;
 };
 
-}  // namespace everlong::support
+}  // namespace everlong::test

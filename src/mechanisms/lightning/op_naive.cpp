@@ -11,7 +11,9 @@ using at::Tensor;
 Attention one_length(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                      const Tensor& slope_H, double scale, const Tensor& state) {
   const auto dtype = q_in.scalar_type();
-  const Tensor q = q_in.transpose(1, 2), k = k_in.transpose(1, 2), v = v_in.transpose(1, 2);
+  // Contiguous first: matmul picks another path for strided inputs, whose bits differ.
+  const Tensor q = q_in.transpose(1, 2).contiguous(), k = k_in.transpose(1, 2).contiguous(),
+               v = v_in.transpose(1, 2).contiguous();
   const std::int64_t T = q.size(2);
   const Tensor token = at::arange(T, slope_H.options()), slope = slope_H.view({-1, 1, 1});
   const auto decay = [&](const Tensor& tokens_between) {

@@ -14,7 +14,8 @@ Plan plan_rows(std::int64_t rows, std::int64_t tokens, const PlanLimits& limits)
   Plan plan;
   plan.rows = rows;
   const std::int64_t head = tokens % limits.chunk, chunks = tokens / limits.chunk;
-  const std::int64_t ranks = std::min(chunks, limits.group);
+  const std::int64_t ranks =
+      std::min(chunks, std::clamp<std::int64_t>(limits.tokens / limits.chunk, 1, limits.group));
   const std::int64_t tokens_of_row = std::max(ranks * limits.chunk, head);
   const std::int64_t batch =
       std::clamp<std::int64_t>(limits.tokens / std::max<std::int64_t>(tokens_of_row, 1), 1, rows);
@@ -28,6 +29,7 @@ Plan plan_rows(std::int64_t rows, std::int64_t tokens, const PlanLimits& limits)
                              limits.chunk,
                              head + rank * limits.chunk,
                              {}});
+    plan.batches.push_back(static_cast<std::int64_t>(plan.blocks.size()));
   }
   return plan;
 }
@@ -82,6 +84,7 @@ Plan plan_packed(std::span<const std::int64_t> cu_seqlens, const PlanLimits& lim
       }
       rank += ranks;
     }
+    plan.batches.push_back(static_cast<std::int64_t>(plan.blocks.size()));
     row += rows;
   }
   return plan;

@@ -29,7 +29,9 @@ struct PlanLimits {
 
 struct Plan {
   std::vector<Block> blocks;  // a sequence's blocks in the order of time
-  std::int64_t rows = 0;      // sequences that have tokens
+  // Blocks [batches[i], batches[i+1]) work on rows of their own: batches may run at the same time.
+  std::vector<std::int64_t> batches = {0};
+  std::int64_t rows = 0;  // sequences that have tokens
   // Packed lines only. A block's slots are [rows, ranks, chunk], row by row; a padding slot's token
   // is T.
   std::vector<std::int64_t> order;  // sequence of each row

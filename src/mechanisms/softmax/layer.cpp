@@ -24,7 +24,8 @@ Result<LayerSettings> read_settings(const LayerSpec& spec) {
   LayerSettings out;
   out.hidden_size = spec.hidden_size;
   out.num_layers = spec.num_layers;
-  out.num_heads = s.integer("num_heads", std::max<std::int64_t>(spec.hidden_size / 64, 1), 1, kMostHeads);
+  out.num_heads =
+      s.integer("num_heads", std::max<std::int64_t>(spec.hidden_size / 64, 1), 1, kMostHeads);
   out.num_kv_heads = s.integer("num_kv_heads", out.num_heads, 1, kMostHeads);
   const std::int64_t even_share = spec.hidden_size / out.num_heads;
   out.head_dim = s.integer("head_dim", std::max<std::int64_t>(even_share, 1), 1, kMostDim);
@@ -35,10 +36,12 @@ Result<LayerSettings> read_settings(const LayerSpec& spec) {
   out.window = s.integer("window", 0, 0, kLongestWindow);
   if (s.has("scale")) out.scale = s.number("scale", 1, 1e-30, 1e30);
   if (!s.has("head_dim") && spec.hidden_size % out.num_heads != 0)
-    s.fail(invalid_argument("hidden_size ", spec.hidden_size, " does not divide among num_heads ", out.num_heads,
+    s.fail(invalid_argument("hidden_size ", spec.hidden_size, " does not divide among num_heads ",
+                            out.num_heads,
                             "; give head_dim, or a number of heads that divides it"));
   if (out.num_heads % out.num_kv_heads != 0)
-    s.fail(invalid_argument("num_heads ", out.num_heads, " is not a multiple of num_kv_heads ", out.num_kv_heads,
+    s.fail(invalid_argument("num_heads ", out.num_heads, " is not a multiple of num_kv_heads ",
+                            out.num_kv_heads,
                             "; query heads share key/value heads in equal groups"));
   if (out.rotary_dim % 2 != 0)
     s.fail(invalid_argument("rotary_dim = ", out.rotary_dim, " is odd; coordinates turn in pairs"));
@@ -52,45 +55,55 @@ Attention::Attention(const LayerSettings& s) : settings_(s) {
   q_proj_ = register_module("q_proj", std::make_shared<Linear>(s.hidden_size, inner));
   k_proj_ = register_module("k_proj", std::make_shared<Linear>(s.hidden_size, shared));
   v_proj_ = register_module("v_proj", std::make_shared<Linear>(s.hidden_size, shared));
-  o_proj_ = register_module("o_proj", std::make_shared<Linear>(inner, s.hidden_size, residual_gain(s.num_layers)));
+  o_proj_ = register_module(
+      "o_proj", std::make_shared<Linear>(inner, s.hidden_size, residual_gain(s.num_layers)));
 }
 
 std::unique_ptr<State> Attention::make_state(std::int64_t sequences) const {
-  const CacheShape shape{settings_.num_kv_heads, settings_.head_dim, settings_.head_dim, settings_.window};
-  return std::make_unique<KvState>(sequences, shape, k_proj_->weight().options().requires_grad(false));
+  const CacheShape shape{settings_.num_kv_heads, settings_.head_dim, settings_.head_dim,
+                         settings_.window};
+  return std::make_unique<KvState>(sequences, shape,
+                                   k_proj_->weight().options().requires_grad(false));
 }
 
 std::string Attention::path(at::Device) const { return "composite (ATen)"; }
 
-void Attention::check(const at::Tensor& x_BTD, const Sequences& sequences, const State* state) const {
+void Attention::check(const at::Tensor& x_BTD, const Sequences& sequences,
+                      const State* state) const {
   TORCH_CHECK_VALUE(x_BTD.dim() == 3 && x_BTD.size(2) == settings_.hidden_size && x_BTD.size(0) > 0,
-                    "softmax: x has shape ", x_BTD.sizes(), "; [B, T, ", settings_.hidden_size, "] is needed");
+                    "softmax: x has shape ", x_BTD.sizes(), "; [B, T, ", settings_.hidden_size,
+                    "] is needed");
   if (!sequences.offsets.empty()) {
     TORCH_CHECK_VALUE(x_BTD.size(0) == 1, "softmax: offsets with batch ", x_BTD.size(0),
                       "; packed sequences lie in one row");
     throw_if_error(check_offsets(sequences.offsets, x_BTD.size(1)));
   }
   if (state == nullptr) return;
-  TORCH_CHECK_VALUE(dynamic_cast<const KvState*>(state) != nullptr,
-                    "softmax: the state is of another mechanism; take it from this layer's make_state");
-  TORCH_CHECK_VALUE(state->sequences() == sequences.count(x_BTD.size(0)), "softmax: a state of ", state->sequences(),
-                    " sequences for a call of ", sequences.count(x_BTD.size(0)));
+  TORCH_CHECK_VALUE(
+      dynamic_cast<const KvState*>(state) != nullptr,
+      "softmax: the state is of another mechanism; take it from this layer's make_state");
+  TORCH_CHECK_VALUE(state->sequences() == sequences.count(x_BTD.size(0)), "softmax: a state of ",
+                    state->sequences(), " sequences for a call of ",
+                    sequences.count(x_BTD.size(0)));
 }
 
 // Rows without offsets share one table where they share their position.
-RopeTable Attention::angles(const at::Tensor& x_BTD, const Sequences& sequences, const State* state) const {
+RopeTable Attention::angles(const at::Tensor& x_BTD, const Sequences& sequences,
+                            const State* state) const {
   const std::int64_t batch = x_BTD.size(0), tokens = x_BTD.size(1);
   std::vector<std::int64_t> starts(static_cast<std::size_t>(sequences.count(batch)), 0);
   if (state != nullptr) starts = state->positions();
-  if (sequences.offsets.empty() && std::ranges::all_of(starts, [&](auto p) { return p == starts.front(); }))
+  if (sequences.offsets.empty() &&
+      std::ranges::all_of(starts, [&](auto p) { return p == starts.front(); }))
     starts.resize(1);
   std::vector<std::int64_t> positions;
   for (std::size_t n = 0; n < starts.size(); ++n)
     for (std::int64_t t = 0; t < sequences.length(static_cast<std::int64_t>(n), tokens); ++t)
       positions.push_back(starts[n] + t);
-  const std::int64_t tables = sequences.offsets.empty() ? static_cast<std::int64_t>(starts.size()) : 1;
-  return make_rope_table(positions, tables, frequencies_, pairs_of(settings_.rope), x_BTD.scalar_type(),
-                         x_BTD.device());
+  const std::int64_t tables =
+      sequences.offsets.empty() ? static_cast<std::int64_t>(starts.size()) : 1;
+  return make_rope_table(positions, tables, frequencies_, pairs_of(settings_.rope),
+                         x_BTD.scalar_type(), x_BTD.device());
 }
 
 at::Tensor Attention::forward(const at::Tensor& x_BTD, const Sequences& sequences, State* state) {

@@ -1,7 +1,7 @@
 #include "mechanisms/mechanism.h"
 
 #include "mechanisms/softmax/layer.h"
-#include "mechanisms/softmax/op_kind.h"
+#include "mechanisms/softmax/op.h"
 
 namespace everlong::softmax {
 namespace {
@@ -22,10 +22,11 @@ const Mechanism& mechanism() {
   static const Mechanism kMechanism = {
       .name = "softmax",
       .title = "Softmax attention",
-      .source = "arXiv 1706.03762 (attention), 2104.09864 (RoPE), 2305.13245 (GQA), 2310.06825 (window)",
+      .source =
+          "arXiv 1706.03762 (attention), 2104.09864 (RoPE), 2305.13245 (GQA), 2310.06825 (window)",
       .carries = "keys and values of the past: all of them, or those inside the window",
       .lacks = {{"bounded_state", "the KV cache grows with the text; set window"}},
-      .operators = {&causal_attention()},
+      .operators = {&attention_operator()},
       .example_settings = example_settings,
       .make_layer = make_layer,
   };

@@ -57,7 +57,8 @@ std::vector<double> parallel(const Problem& p) {
       const auto w = weights(p, t, h);
       double* o = out.data() + (t * p.heads + h) * p.value_dim;
       for (std::size_t i = 0; i < w.size(); ++i)
-        add_scaled(w[i], value(p, first_seen(p, t) + static_cast<std::int64_t>(i), h), o, p.value_dim);
+        add_scaled(w[i], value(p, first_seen(p, t) + static_cast<std::int64_t>(i), h), o,
+                   p.value_dim);
     }
   return out;
 }
@@ -84,7 +85,8 @@ std::vector<double> recurrent(const Problem& p) {
           largest = std::max(largest, p.scale * dot(query(p, t, h), row.key.data(), p.key_dim));
         double* o = out.data() + (t * p.heads + h) * p.value_dim;
         for (const Row& row : cache) {
-          const double e = std::exp(p.scale * dot(query(p, t, h), row.key.data(), p.key_dim) - largest);
+          const double e =
+              std::exp(p.scale * dot(query(p, t, h), row.key.data(), p.key_dim) - largest);
           sum += e;
           add_scaled(e, row.value.data(), o, p.value_dim);
         }
@@ -101,7 +103,8 @@ Partial merge(const Partial& a, const Partial& b) {
   const double largest = std::max(a.lse, b.lse);
   const double wa = std::exp(a.lse - largest), wb = std::exp(b.lse - largest);
   Partial both{std::vector<double>(a.out.size()), largest + std::log(wa + wb)};
-  for (std::size_t i = 0; i < a.out.size(); ++i) both.out[i] = (wa * a.out[i] + wb * b.out[i]) / (wa + wb);
+  for (std::size_t i = 0; i < a.out.size(); ++i)
+    both.out[i] = (wa * a.out[i] + wb * b.out[i]) / (wa + wb);
   return both;
 }
 
@@ -118,7 +121,8 @@ std::vector<double> online(const Problem& p, std::int64_t block) {
         for (std::int64_t s = begin; s < std::min(begin + block, p.past + t + 1); ++s) {
           if (s < first_seen(p, t)) continue;
           const double* v = value(p, s, h);
-          some = merge(some, {{v, v + p.value_dim}, p.scale * dot(query(p, t, h), key(p, s, h), p.key_dim)});
+          some = merge(
+              some, {{v, v + p.value_dim}, p.scale * dot(query(p, t, h), key(p, s, h), p.key_dim)});
         }
         all = merge(all, some);
       }
@@ -128,7 +132,8 @@ std::vector<double> online(const Problem& p, std::int64_t block) {
 }
 
 Gradients gradients(const Problem& p, std::span<const double> grad_out) {
-  Gradients d{std::vector<double>(p.q.size()), std::vector<double>(p.k.size()), std::vector<double>(p.v.size())};
+  Gradients d{std::vector<double>(p.q.size()), std::vector<double>(p.k.size()),
+              std::vector<double>(p.v.size())};
   const std::vector<double> out = parallel(p);
   for (std::int64_t t = 0; t < p.tokens; ++t)
     for (std::int64_t h = 0; h < p.heads; ++h) {

@@ -38,7 +38,8 @@ void random_case(reference::Problem shape, Data& data) {
 double largest_difference(const std::vector<double>& a, const std::vector<double>& b) {
   EXPECT_EQ(a.size(), b.size());
   double worst = 0;
-  for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i) worst = std::max(worst, std::abs(a[i] - b[i]));
+  for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i)
+    worst = std::max(worst, std::abs(a[i] - b[i]));
   return worst;
 }
 
@@ -46,8 +47,10 @@ const std::vector<reference::Problem>& shapes() {
   static const std::vector<reference::Problem> all = [] {
     std::vector<reference::Problem> list;
     for (const std::int64_t window : {0, 1, 2, 7, 100})
-      for (const auto& [tokens, past] : {std::pair<std::int64_t, std::int64_t>{1, 0}, {1, 9}, {13, 0}, {6, 11}})
-        for (const auto& [heads, kv] : {std::pair<std::int64_t, std::int64_t>{1, 1}, {4, 2}, {4, 1}}) {
+      for (const auto& [tokens, past] :
+           {std::pair<std::int64_t, std::int64_t>{1, 0}, {1, 9}, {13, 0}, {6, 11}})
+        for (const auto& [heads, kv] :
+             {std::pair<std::int64_t, std::int64_t>{1, 1}, {4, 2}, {4, 1}}) {
           reference::Problem p;
           p.tokens = tokens, p.past = past, p.heads = heads, p.kv_heads = kv;
           p.key_dim = 5, p.value_dim = 3, p.window = window, p.scale = 0.7;
@@ -70,7 +73,8 @@ TEST(SoftmaxReference, FormsAgree) {
 }
 
 TEST(SoftmaxReference, TwoTokensByHand) {
-  // Token 1 sees keys 0 and 1 with scores 0 and ln 3: weights 1/4 and 3/4. Token 0 sees itself alone.
+  // Token 1 sees keys 0 and 1 with scores 0 and ln 3: weights 1/4 and 3/4. Token 0 sees itself
+  // alone.
   Data data;
   reference::Problem p;
   p.tokens = 2;
@@ -92,7 +96,8 @@ TEST(SoftmaxReference, LargeScoresDoNotOverflow) {
     random_case(big, data);
     const auto want = reference::parallel(data.problem);
     EXPECT_TRUE(std::ranges::all_of(want, [](double x) { return std::isfinite(x); }));
-    EXPECT_LT(largest_difference(reference::online(data.problem, 4), want), 1e-10);  // scores of 1e4: 1e-12 each
+    EXPECT_LT(largest_difference(reference::online(data.problem, 4), want),
+              1e-10);  // scores of 1e4: 1e-12 each
   }
 }
 
@@ -110,7 +115,8 @@ TEST(SoftmaxReference, GradientsEqualFiniteDifferences) {
     const auto got = reference::gradients(data.problem, data.grad_out);
     const auto check = [&](std::vector<double>& x, const std::vector<double>& gradient) {
       for (std::size_t i = 0; i < x.size(); ++i) {
-        const double kept = x[i], step = 1e-5;  // error h^2 |f'''| / 6 ~ 1e-10, cancellation 1e-15 / h = 1e-10
+        const double kept = x[i],
+                     step = 1e-5;  // error h^2 |f'''| / 6 ~ 1e-10, cancellation 1e-15 / h = 1e-10
         x[i] = kept + step;
         const double above = loss();
         x[i] = kept - step;
@@ -158,7 +164,9 @@ TEST(SoftmaxParams, RefusesEachBrokenField) {
   EXPECT_TRUE(refused([](Params& p) { p.batch = 2, p.cu_seqlens = {0, 6}; }));
   EXPECT_TRUE(refused([](Params& p) { p.state_capacity = 3, p.state_lengths = {4}; }));
   EXPECT_TRUE(refused([](Params& p) { p.state_capacity = 3, p.state_lengths = {1, 1}; }));
-  EXPECT_FALSE(refused([](Params& p) { p.cu_seqlens = {0, 0, 6}, p.state_capacity = 3, p.state_lengths = {3, 0}; }));
+  EXPECT_FALSE(refused([](Params& p) {
+    p.cu_seqlens = {0, 0, 6}, p.state_capacity = 3, p.state_lengths = {3, 0};
+  }));
 }
 
 TEST(SoftmaxParams, CountsVisiblePairs) {

@@ -1,4 +1,4 @@
-#include "eval/op_bench.h"
+#include "eval/op_speed.h"
 
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -71,13 +71,15 @@ Result<OpCall> make_call(const Operator& op, const OpBenchCase& wanted, std::str
 Result<std::function<void()>> sdpa_work(const OpBenchCase& wanted) {
   const auto& shape = wanted.shape;
   const bool step = wanted.pass == "step", train = wanted.pass == "train";
-  const auto options = at::TensorOptions().dtype(wanted.dtype).device(wanted.device).requires_grad(train);
+  const auto options = at::TensorOptions().dtype(wanted.dtype).device(wanted.device);
+  const auto random = [&](std::int64_t heads, std::int64_t tokens, std::int64_t dim) {
+    return at::randn({shape.batch, heads, tokens, dim}, options).set_requires_grad(train);
+  };
   const std::int64_t keys = step ? shape.tokens + 1 : shape.tokens, queries = step ? 1 : shape.tokens;
-  const at::Tensor q = at::randn({shape.batch, shape.heads, queries, shape.key_dim}, options);
-  const at::Tensor k = at::randn({shape.batch, shape.kv_heads, keys, shape.key_dim}, options);
-  const at::Tensor v = at::randn({shape.batch, shape.kv_heads, keys, shape.value_dim}, options);
-  const at::Tensor gradient = at::randn({shape.batch, shape.heads, queries, shape.value_dim},
-                                        at::TensorOptions().dtype(wanted.dtype).device(wanted.device));
+  const at::Tensor q = random(shape.heads, queries, shape.key_dim);
+  const at::Tensor k = random(shape.kv_heads, keys, shape.key_dim);
+  const at::Tensor v = random(shape.kv_heads, keys, shape.value_dim);
+  const at::Tensor gradient = at::randn({shape.batch, shape.heads, queries, shape.value_dim}, options);
   const bool grouped = shape.heads != shape.kv_heads;
   return std::function<void()>([=, device = wanted.device] {
     const at::AutoGradMode mode(train);
