@@ -5,7 +5,7 @@ find_package(rapidcheck QUIET)
 set(torch_free everlong_core everlong_kernels everlong_data)
 
 function(everlong_set_test name label)
-  set_tests_properties(${name} PROPERTIES LABELS "${label}" ENVIRONMENT OMP_NUM_THREADS=2 TIMEOUT 240)
+  set_tests_properties(${name} PROPERTIES LABELS "${label}" ENVIRONMENT "OMP_NUM_THREADS=2;OMP_WAIT_POLICY=passive" TIMEOUT 600)
 endfunction()
 
 function(everlong_test_program name library)  # sources in ARGN

@@ -27,13 +27,16 @@ struct OpCommand {
 
 void OpCommand::add_row(Table& table, const nlohmann::ordered_json& record) {
   const auto milliseconds = [&](const char* key) {
-    return record.at(key).is_number() ? fixed(1e3 * record.at(key).get<double>(), 3) : std::string("-");
+    return record.at(key).is_number() ? fixed(1e3 * record.at(key).get<double>(), 3)
+                                      : std::string("-");
   };
   const auto rate = static_cast<std::int64_t>(record.at("tokens_per_second").get<double>());
-  table.add({with_commas(record.at("tokens").get<std::int64_t>()), milliseconds("seconds"), milliseconds("seconds_min"),
-             milliseconds("seconds_max"), with_commas(rate), milliseconds("baseline_seconds"),
+  table.add({with_commas(record.at("tokens").get<std::int64_t>()), milliseconds("seconds"),
+             milliseconds("seconds_min"), milliseconds("seconds_max"), with_commas(rate),
+             milliseconds("baseline_seconds"),
              record.at("ratio").is_number() ? fixed(record.at("ratio").get<double>(), 2) : "-",
-             fixed(record.at("fraction_of_ceiling").get<double>(), 3), cat(record.at("max_rel_error").get<double>())});
+             fixed(record.at("fraction_of_ceiling").get<double>(), 3),
+             cat(record.at("max_rel_error").get<double>())});
 }
 
 Status OpCommand::run() {
@@ -45,12 +48,15 @@ Status OpCommand::run() {
   wanted.shape.kv_heads = kv_heads > 0 ? kv_heads : heads;
   wanted.shape.key_dim = head_dim;
   wanted.shape.value_dim = value_dim > 0 ? value_dim : head_dim;
-  wanted.shape.params = params.empty() ? nlohmann::json::object() : nlohmann::json::parse(params, nullptr, false);
+  wanted.shape.params =
+      params.empty() ? nlohmann::json::object() : nlohmann::json::parse(params, nullptr, false);
   if (!wanted.shape.params.is_object())
-    return invalid_argument("--params ", params, " is not a JSON object such as {\"window\": 1024}");
+    return invalid_argument("--params ", params,
+                            " is not a JSON object such as {\"window\": 1024}");
 
   const Ceilings ceilings = measure_ceilings(wanted.device, wanted.dtype);
-  Table table({"tokens", "ms", "min", "max", "tokens/s", cat(wanted.baseline, " ms"), "ratio", "of ceiling", "error"});
+  Table table({"tokens", "ms", "min", "max", "tokens/s", cat(wanted.baseline, " ms"), "ratio",
+               "of ceiling", "error"});
   Status status;
   for (const auto tokens : lengths) {
     wanted.shape.tokens = tokens;
@@ -61,10 +67,12 @@ Status OpCommand::run() {
     if (result.passed && !json) add_row(table, result.record);
   }
   if (!json)
-    print(cat(wanted.mechanism, " ", wanted.pass, ", ", dtype_name(wanted.dtype), " on ", machine_name(wanted.device),
-              wanted.device.is_cpu() ? cat(", ", threads(), " threads") : "", "; ", wanted.shape.heads, " heads of ",
-              wanted.shape.key_dim, "; ceilings ", fixed(ceilings.flops / 1e9, 0), " GFLOP/s, ",
-              fixed(ceilings.bytes / 1e9, 1), " GB/s\n", table.text()));
+    print(cat(wanted.mechanism, " ", wanted.pass, ", ", dtype_name(wanted.dtype), " on ",
+              machine_name(wanted.device),
+              wanted.device.is_cpu() ? cat(", ", threads(), " threads") : "", "; ",
+              wanted.shape.heads, " heads of ", wanted.shape.key_dim, "; ceilings ",
+              fixed(ceilings.flops / 1e9, 0), " GFLOP/s, ", fixed(ceilings.bytes / 1e9, 1),
+              " GB/s\n", table.text()));
   return status;
 }
 
@@ -80,7 +88,8 @@ struct ModelCommand {
 Status ModelCommand::run() const {
   EVERLONG_ASSIGN(const auto where, place.resolve());
   EVERLONG_ASSIGN(const auto config, read_any_config(source));
-  Table table({"tokens", "training tokens/s", "peak memory", "reading tokens/s", "writing tokens/s", "state"});
+  Table table({"tokens", "training tokens/s", "peak memory", "reading tokens/s", "writing tokens/s",
+               "state"});
   for (const auto tokens : options.lengths) {
     EVERLONG_ASSIGN(const auto speed, bench_model(config, where, tokens, options));
     if (json) {
@@ -91,14 +100,18 @@ Status ModelCommand::run() const {
       continue;
     }
     const auto rate = [](const Spread& speeds) {
-      return speeds.repeats > 0 ? with_commas(static_cast<std::int64_t>(speeds.median)) : std::string("-");
+      return speeds.repeats > 0 ? with_commas(static_cast<std::int64_t>(speeds.median))
+                                : std::string("-");
     };
     const auto size = [](std::int64_t bytes) { return human_bytes(static_cast<double>(bytes)); };
-    table.add({with_commas(speed.tokens), speed.trouble.empty() ? rate(speed.training) : speed.trouble,
-               size(speed.training_peak_bytes), rate(speed.reading), rate(speed.writing), size(speed.state_bytes)});
+    table.add({with_commas(speed.tokens),
+               speed.trouble.empty() ? rate(speed.training) : speed.trouble,
+               size(speed.training_peak_bytes), rate(speed.reading), rate(speed.writing),
+               size(speed.state_bytes)});
   }
   if (!json)
-    print(cat(dtype_name(where.dtype), " on ", machine_name(where.device), ", ", options.rows, " rows\n", table.text()));
+    print(cat(dtype_name(where.dtype), " on ", machine_name(where.device), ", ", options.rows,
+              " rows\n", table.text()));
   return {};
 }
 
@@ -110,12 +123,15 @@ void add_bench(Command& program) {
   static OpCommand op_command;
   Command op = bench.subcommand(
       "op", "Time one operator of a mechanism",
-      "Times one operator over sequence lengths. Before a case is timed its result is compared with float64; a wrong "
-      "result has no speed: then only the error is printed and the exit code is 1. The baseline is timed in turns with "
+      "Times one operator over sequence lengths. Before a case is timed its result is compared "
+      "with float64; a wrong "
+      "result has no speed: then only the error is printed and the exit code is 1. The baseline is "
+      "timed in turns with "
       "it. Ceilings (a large matrix product, a large copy) are measured in the same process.");
   op.option("--mechanism NAME", op_command.wanted.mechanism, "see everlong info");
   op.option("--kind NAME", op_command.wanted.kind, "operator of the mechanism; default: its first");
-  op.option("--form NAME", op_command.wanted.form, "auto: the device's kernel where there is one, else composite");
+  op.option("--form NAME", op_command.wanted.form,
+            "auto: the device's kernel where there is one, else composite");
   op.choice("--pass", op_command.wanted.pass, {"forward", "train", "step"},
             "train: forward and backward; step: one token after so many");
   op.choice("--baseline", op_command.wanted.baseline, {"composite", "naive", "sdpa", "none"},
@@ -126,23 +142,29 @@ void add_bench(Command& program) {
   op.option("--kv-heads N", op_command.kv_heads, "key and value heads; 0: as many as query heads");
   op.option("--head-dim N", op_command.head_dim, "of queries and keys");
   op.option("--value-dim N", op_command.value_dim, "of values; 0: as the keys");
-  op.option("--params JSON", op_command.params, "parameters of the operator, e.g. {\"window\": 1024}");
+  op.option("--params JSON", op_command.params,
+            "parameters of the operator, e.g. {\"window\": 1024}");
   op_command.place.add(op);
   op.flag("--json", op_command.json, "one JSON object a line; docs/benchmarks.md lists the fields");
-  op.example("everlong bench op --mechanism lightning --pass train --lengths 1K,4K,16K --baseline sdpa --threads 2");
+  op.example(
+      "everlong bench op --mechanism lightning --pass train --lengths 1K,4K,16K --baseline sdpa "
+      "--threads 2");
   op.run([] { return op_command.run(); });
 
   static ModelCommand model_command;
-  Command model = bench.subcommand(
-      "model", "Training and streaming speed of a model by length",
-      "Times a model on random tokens: training (forward, backward, update) over rows of each length, reading a prompt "
-      "of each length through a stream, and writing token by token after it. Weights are random where only a "
-      "configuration is given: speed does not depend on them.");
-  model.positional("MODEL", model_command.source, true, "a model or run folder, a config.json, or a run file (.toml)");
+  Command model = bench.subcommand("model", "Training and streaming speed of a model by length",
+                                   "Times a model on random tokens: training (forward, backward, "
+                                   "update) over rows of each length, reading a prompt "
+                                   "of each length through a stream, and writing token by token "
+                                   "after it. Weights are random where only a "
+                                   "configuration is given: speed does not depend on them.");
+  model.positional("MODEL", model_command.source, true,
+                   "a model or run folder, a config.json, or a run file (.toml)");
   model.option("--lengths N,N,...", model_command.options.lengths, "tokens of a row");
   model.option("--rows N", model_command.options.rows, "rows of a training batch");
   model.option("--feed N", model_command.options.feed, "tokens fed at a time when reading");
-  model.flag("--checkpointing", model_command.options.checkpointing, "recompute activations in the backward pass");
+  model.flag("--checkpointing", model_command.options.checkpointing,
+             "recompute activations in the backward pass");
   model.flag("--no-training", model_command.options.no_training, "only reading and writing");
   model_command.place.add(model);
   model.flag("--json", model_command.json, "one JSON object a line");

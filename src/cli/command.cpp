@@ -28,7 +28,8 @@ namespace {
 constexpr std::size_t kHelpWidth = 96;
 
 std::string full_name(const CLI::App* app) {
-  return app->get_parent() == nullptr ? app->get_name() : cat(full_name(app->get_parent()), " ", app->get_name());
+  return app->get_parent() == nullptr ? app->get_name()
+                                      : cat(full_name(app->get_parent()), " ", app->get_name());
 }
 
 // Words of `text` broken into lines; every line but the first starts with `indent` spaces.
@@ -49,7 +50,8 @@ std::string wrapped(std::string_view text, std::size_t indent) {
 
 std::string two_columns(const std::vector<std::pair<std::string, std::string>>& rows) {
   std::size_t width = 0;
-  for (const auto& [name, text] : rows) width = std::max(width, std::min<std::size_t>(name.size(), 28));
+  for (const auto& [name, text] : rows)
+    width = std::max(width, std::min<std::size_t>(name.size(), 28));
   std::string out;
   for (const auto& [name, text] : rows) {
     const std::string gap = name.size() > width ? cat("\n", std::string(width + 4, ' '))
@@ -59,7 +61,8 @@ std::string two_columns(const std::vector<std::pair<std::string, std::string>>& 
   return out;
 }
 
-// Paragraphs are parted by empty lines and broken anew; lines that start with a space stay as they are.
+// Paragraphs are parted by empty lines and broken anew; lines that start with a space stay as they
+// are.
 std::string paragraphs(std::string_view text) {
   std::string out, paragraph;
   const auto flush = [&] {
@@ -88,9 +91,11 @@ std::string help_text(const Command::Node& node) {
     const bool positional = option->get_positional();
     std::string name = positional ? option->get_name(true) : option->get_name(false, true);
     if (positional && !option->get_required()) name = cat("[", name, "]");
-    for (std::size_t comma = name.find(','); comma != std::string::npos; comma = name.find(',', comma + 2))
+    for (std::size_t comma = name.find(','); comma != std::string::npos;
+         comma = name.find(',', comma + 2))
       name.insert(comma + 1, " ");
-    if (!positional && !option->get_option_text().empty()) name += cat(" ", option->get_option_text());
+    if (!positional && !option->get_option_text().empty())
+      name += cat(" ", option->get_option_text());
     std::string text = option->get_description();
     if (!positional && option->get_required()) text += " (required)";
     if (const std::string shown = option->get_default_str(); !shown.empty() && shown != "\"\"")
@@ -99,17 +104,20 @@ std::string help_text(const Command::Node& node) {
   }
   if (!options.empty()) usage += " [OPTIONS]";
   for (const auto& [name, text] : arguments) usage += " " + name;
-  for (const auto& child : node.children) commands.emplace_back(child.app->get_name(), child.summary);
+  for (const auto& child : node.children)
+    commands.emplace_back(child.app->get_name(), child.summary);
   if (!commands.empty()) usage += " COMMAND ...";
 
-  std::string out = cat(paragraphs(node.description.empty() ? node.summary + "." : node.description), "\n",
-                        bold("Usage:"), " ", usage, "\n");
+  std::string out =
+      cat(paragraphs(node.description.empty() ? node.summary + "." : node.description), "\n",
+          bold("Usage:"), " ", usage, "\n");
   if (!commands.empty()) out += cat("\n", bold("Commands:"), "\n", two_columns(commands));
   if (!arguments.empty()) out += cat("\n", bold("Arguments:"), "\n", two_columns(arguments));
   if (!options.empty()) out += cat("\n", bold("Options:"), "\n", two_columns(options));
   if (!node.examples.empty()) out += cat("\n", bold("Examples:"), "\n");
   for (const auto& [line, explanation] : node.examples)
-    out += cat("  ", line, "\n", explanation.empty() ? "" : cat("      ", wrapped(explanation, 6), "\n"));
+    out += cat("  ", line, "\n",
+               explanation.empty() ? "" : cat("      ", wrapped(explanation, 6), "\n"));
   if (!node.note.empty()) out += cat("\n", paragraphs(node.note));
   return out;
 }
@@ -122,7 +130,8 @@ Command::Node* asked_for(Command::Node& node) {
 
 std::string environment_name(const CLI::Option& option) {
   std::string name = "EVERLONG_" + option.get_single_name();
-  for (char& c : name) c = c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+  for (char& c : name)
+    c = c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
   return name;
 }
 
@@ -148,7 +157,8 @@ std::string count_text(std::int64_t value) {
 
 std::int64_t count_or_throw(const std::string& text) {
   const auto value = parse_count(text);
-  if (!value) throw CLI::ValidationError(cat("\"", text, "\" is not a whole number; 1000 and 4K are"));
+  if (!value)
+    throw CLI::ValidationError(cat("\"", text, "\" is not a whole number; 1000 and 4K are"));
   return *value;
 }
 
@@ -159,21 +169,25 @@ double number_or_throw(const std::string& text) {
 }
 
 // An option whose text `take` reads; it throws CLI::ValidationError on what it does not accept.
-void parsed_option(CLI::App& app, std::string_view names, std::string_view placeholder, std::string_view help,
-                   std::string_view shown, std::function<void(const std::string&)> take) {
+void parsed_option(CLI::App& app, std::string_view names, std::string_view placeholder,
+                   std::string_view help, std::string_view shown,
+                   std::function<void(const std::string&)> take) {
   const auto [flags, text] = split_names(names, placeholder);
-  dress(app.add_option_function<std::string>(flags, std::move(take), std::string(help)), text, shown);
+  dress(app.add_option_function<std::string>(flags, std::move(take), std::string(help)), text,
+        shown);
 }
 
 // What the parser complains of, as a sentence with a way out.
-std::string usage_message(const CLI::ParseError& error, const CLI::App& app, const std::vector<std::string>& left) {
+std::string usage_message(const CLI::ParseError& error, const CLI::App& app,
+                          const std::vector<std::string>& left) {
   if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr || left.empty()) return error.what();
   const std::string& given = left.front();
   const bool option = given.size() > 1 && given.front() == '-';
   std::vector<std::string> known;
   for (const CLI::App* at = &app; at != nullptr; at = at->get_parent())
     for (const CLI::Option* candidate : at->get_options())
-      if (!candidate->get_positional() && option) known.push_back("--" + candidate->get_single_name());
+      if (!candidate->get_positional() && option)
+        known.push_back("--" + candidate->get_single_name());
   for (const CLI::App* sub : app.get_subcommands([](const CLI::App*) { return true; }))
     if (!option) known.push_back(sub->get_name());
   const std::string near = nearest(given.substr(0, given.find('=')), known);
@@ -183,13 +197,15 @@ std::string usage_message(const CLI::ParseError& error, const CLI::App& app, con
 
 int exit_code(const Status& status) {
   if (status.ok()) return 0;
-  if (status.code() == StatusCode::kInterrupted) return 128 + (caught_signal() != 0 ? caught_signal() : SIGINT);
+  if (status.code() == StatusCode::kInterrupted)
+    return 128 + (caught_signal() != 0 ? caught_signal() : SIGINT);
   return 1;
 }
 
 }  // namespace
 
-Command Command::subcommand(std::string_view name, std::string_view summary, std::string_view description) {
+Command Command::subcommand(std::string_view name, std::string_view summary,
+                            std::string_view description) {
   Node& child = node_->children.emplace_back();
   child.app = node_->app->add_subcommand(std::string(name), std::string(summary));
   child.app->fallthrough();
@@ -213,7 +229,8 @@ void Command::option(std::string_view names, std::int64_t& value, std::string_vi
                 [&value](const std::string& text) { value = count_or_throw(text); });
 }
 
-void Command::option(std::string_view names, std::optional<std::int64_t>& value, std::string_view help) {
+void Command::option(std::string_view names, std::optional<std::int64_t>& value,
+                     std::string_view help) {
   parsed_option(*node_->app, names, "N", help, "",
                 [&value](const std::string& text) { value = count_or_throw(text); });
 }
@@ -228,7 +245,8 @@ void Command::option(std::string_view names, std::optional<double>& value, std::
                 [&value](const std::string& text) { value = number_or_throw(text); });
 }
 
-void Command::option(std::string_view names, std::vector<std::int64_t>& value, std::string_view help) {
+void Command::option(std::string_view names, std::vector<std::int64_t>& value,
+                     std::string_view help) {
   std::string shown;
   for (const auto count : value) shown += cat(shown.empty() ? "" : ",", count_text(count));
   parsed_option(*node_->app, names, "N,N,...", help, shown, [&value](const std::string& text) {
@@ -239,9 +257,11 @@ void Command::option(std::string_view names, std::vector<std::int64_t>& value, s
   });
 }
 
-void Command::option(std::string_view names, std::vector<std::string>& value, std::string_view help) {
+void Command::option(std::string_view names, std::vector<std::string>& value,
+                     std::string_view help) {
   const auto [flags, placeholder] = split_names(names, "TEXT");
-  dress(node_->app->add_option(flags, value, std::string(help))->allow_extra_args(false), placeholder, "");
+  dress(node_->app->add_option(flags, value, std::string(help))->allow_extra_args(false),
+        placeholder, "");
 }
 
 void Command::flag(std::string_view names, bool& value, std::string_view help) {
@@ -250,16 +270,19 @@ void Command::flag(std::string_view names, bool& value, std::string_view help) {
   if (option->get_single_name() != "version") option->envname(environment_name(*option));
 }
 
-void Command::choice(std::string_view names, std::string& value, const std::vector<std::string>& allowed,
-                     std::string_view help) {
-  parsed_option(*node_->app, names, join(allowed, "|"), help, value, [&value, allowed](const std::string& text) {
-    if (std::ranges::find(allowed, text) == allowed.end())
-      throw CLI::ValidationError(cat("\"", text, "\" is not one of ", join(allowed, ", ")));
-    value = text;
-  });
+void Command::choice(std::string_view names, std::string& value,
+                     const std::vector<std::string>& allowed, std::string_view help) {
+  parsed_option(
+      *node_->app, names, join(allowed, "|"), help, value,
+      [&value, allowed](const std::string& text) {
+        if (std::ranges::find(allowed, text) == allowed.end())
+          throw CLI::ValidationError(cat("\"", text, "\" is not one of ", join(allowed, ", ")));
+        value = text;
+      });
 }
 
-void Command::positional(std::string_view name, std::string& value, bool required, std::string_view help) {
+void Command::positional(std::string_view name, std::string& value, bool required,
+                         std::string_view help) {
   node_->app->add_option(std::string(name), value, std::string(help))->required(required);
 }
 
@@ -326,7 +349,8 @@ int run_program(int argc, char** argv, const std::function<void(Command&)>& buil
   Status status;
   try {
     status = node.body();
-  } catch (const std::exception& error) {  // torch's checks; the first line is the message, the rest a stack
+  } catch (const std::exception&
+               error) {  // torch's checks; the first line is the message, the rest a stack
     const std::string what = error.what();
     status = invalid_argument(what.substr(0, what.find('\n')));
   }

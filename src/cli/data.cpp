@@ -18,14 +18,20 @@ struct FetchCommand {
     const FetchOptions options{.force = force, .say = [](const std::string& line) { note(line); }};
     EVERLONG_ASSIGN(const auto report, fetch(name, out, options));
     if (json) {
-      print_json({{"name", report.name}, {"package", report.package}, {"version", report.version},
-                  {"folder", report.folder.string()}, {"files", report.files}, {"bytes", report.bytes},
+      print_json({{"name", report.name},
+                  {"package", report.package},
+                  {"version", report.version},
+                  {"folder", report.folder.string()},
+                  {"files", report.files},
+                  {"bytes", report.bytes},
                   {"already_there", report.already_there}});
       return {};
     }
     print(cat(report.folder.string(), ": ", with_commas(report.files), " files, ",
               human_bytes(static_cast<double>(report.bytes)), " of text",
-              report.already_there ? " (fetched before)" : cat(", from ", report.package, " ", report.version), "\n"));
+              report.already_there ? " (fetched before)"
+                                   : cat(", from ", report.package, " ", report.version),
+              "\n"));
     return {};
   }
 
@@ -36,8 +42,10 @@ struct FetchCommand {
       table.add({corpus.name, corpus.package, corpus.about});
       all.push_back({{"name", corpus.name}, {"package", corpus.package}, {"about", corpus.about}});
     }
-    if (json) print_json(all);
-    else print(table.text());
+    if (json)
+      print_json(all);
+    else
+      print(table.text());
     return {};
   }
 };
@@ -55,12 +63,14 @@ struct PrepareCommand {
       print_json(to_json(report));
       return {};
     }
-    print(cat(out, ": ", with_commas(report.documents), " documents, ", human_bytes(static_cast<double>(report.bytes)),
-              " of text from ", with_commas(report.files), " files",
-              report.duplicates > 0 ? cat("; ", report.duplicates, " duplicates left out") : "", "\n"));
+    print(cat(out, ": ", with_commas(report.documents), " documents, ",
+              human_bytes(static_cast<double>(report.bytes)), " of text from ",
+              with_commas(report.files), " files",
+              report.duplicates > 0 ? cat("; ", report.duplicates, " duplicates left out") : "",
+              "\n"));
     for (const auto& [name, split] : report.dataset.splits)
-      print(cat("  ", name, ": ", with_commas(split.tokens), " tokens in ", with_commas(split.documents),
-                " documents\n"));
+      print(cat("  ", name, ": ", with_commas(split.tokens), " tokens in ",
+                with_commas(split.documents), " documents\n"));
     return {};
   }
 };
@@ -73,13 +83,18 @@ struct InfoCommand {
     EVERLONG_ASSIGN(const auto dataset, TokenDataset::open(folder));
     if (verify) EVERLONG_RETURN_IF_ERROR(dataset.verify());
     const DatasetInfo& info = dataset.info();
-    nlohmann::ordered_json object = {{"folder", folder}, {"tokenizer", info.tokenizer}, {"vocab_size", info.vocab_size},
-                                     {"valid_fraction", info.valid_fraction}, {"splits", nlohmann::ordered_json::object()}};
+    nlohmann::ordered_json object = {{"folder", folder},
+                                     {"tokenizer", info.tokenizer},
+                                     {"vocab_size", info.vocab_size},
+                                     {"valid_fraction", info.valid_fraction},
+                                     {"splits", nlohmann::ordered_json::object()}};
     Table table({"split", "tokens", "documents", "text", "shards"});
     for (const auto& [name, split] : info.splits) {
       table.add({name, with_commas(split.tokens), with_commas(split.documents),
                  human_bytes(static_cast<double>(split.bytes)), cat(split.shards.size())});
-      object["splits"][name] = {{"tokens", split.tokens}, {"documents", split.documents}, {"bytes", split.bytes},
+      object["splits"][name] = {{"tokens", split.tokens},
+                                {"documents", split.documents},
+                                {"bytes", split.bytes},
                                 {"shards", split.shards.size()}};
     }
     if (verify) object["verified"] = true;
@@ -96,14 +111,16 @@ struct InfoCommand {
 }  // namespace
 
 void add_data(Command& program) {
-  Command data = program.subcommand("data", "Fetch texts and turn them into token shards",
-                                    "Fetches texts and turns them into datasets: folders of memory-mapped token shards, "
-                                    "split into train and valid by document.");
+  Command data = program.subcommand(
+      "data", "Fetch texts and turn them into token shards",
+      "Fetches texts and turns them into datasets: folders of memory-mapped token shards, "
+      "split into train and valid by document.");
 
   static FetchCommand fetch_command;
-  Command fetch = data.subcommand("fetch", "Download a documentation package and unpack its text",
-                                  "Downloads a Debian documentation package and unpacks its text; needs no root. "
-                                  "Without a name it lists what there is. What was fetched before is left as it is.");
+  Command fetch = data.subcommand(
+      "fetch", "Download a documentation package and unpack its text",
+      "Downloads a Debian documentation package and unpacks its text; needs no root. "
+      "Without a name it lists what there is. What was fetched before is left as it is.");
   fetch.positional("NAME", fetch_command.name, false, "which text; without it: the list");
   fetch.option("-o,--out DIR", fetch_command.out, "the text goes to DIR/NAME");
   fetch.flag("--force", fetch_command.force, "fetch again what is there already");
@@ -113,27 +130,37 @@ void add_data(Command& program) {
   fetch.run([] { return fetch_command.run(); });
 
   static PrepareCommand prepare_command;
-  Command prepare = data.subcommand(
-      "prepare", "Turn text files into a dataset",
-      "Reads text files and folders of them, drops duplicate documents, holds some documents out for validation and "
-      "writes token shards. Binary files and unreadable ones are left out and counted. The document's own text decides "
-      "whether it is held out, so it stays on its side when others come or go.");
+  Command prepare =
+      data.subcommand("prepare", "Turn text files into a dataset",
+                      "Reads text files and folders of them, drops duplicate documents, holds some "
+                      "documents out for validation and "
+                      "writes token shards. Binary files and unreadable ones are left out and "
+                      "counted. The document's own text decides "
+                      "whether it is held out, so it stays on its side when others come or go.");
   prepare.positional("PATH", prepare_command.paths, true, "text files, or folders of them");
   prepare.required_option("-o,--out DIR", prepare_command.out, "dataset folder to write");
-  prepare.option("--valid-fraction X", prepare_command.options.valid_fraction, "part of the documents that is held out");
-  prepare.option("--tokenizer NAME", prepare_command.options.tokenizer, "bytes: 256 bytes and 3 specials");
-  prepare.option("--max-document-bytes N", prepare_command.options.max_document_bytes, "longer files are cut");
-  prepare.option("--shard-tokens N", prepare_command.options.shard_tokens, "tokens of a shard file");
-  prepare.flag("--all-files", prepare_command.options.all_files, "also files whose ending does not say that they are text");
-  prepare.flag("--force", prepare_command.options.force, "write into a folder that holds other things");
+  prepare.option("--valid-fraction X", prepare_command.options.valid_fraction,
+                 "part of the documents that is held out");
+  prepare.option("--tokenizer NAME", prepare_command.options.tokenizer,
+                 "bytes: 256 bytes and 3 specials");
+  prepare.option("--max-document-bytes N", prepare_command.options.max_document_bytes,
+                 "longer files are cut");
+  prepare.option("--shard-tokens N", prepare_command.options.shard_tokens,
+                 "tokens of a shard file");
+  prepare.flag("--all-files", prepare_command.options.all_files,
+               "also files whose ending does not say that they are text");
+  prepare.flag("--force", prepare_command.options.force,
+               "write into a folder that holds other things");
   prepare.flag("--json", prepare_command.json, "print one JSON object");
-  prepare.example("everlong data prepare data/python-doc --out data/python-doc.tokens --valid-fraction 0.1");
+  prepare.example(
+      "everlong data prepare data/python-doc --out data/python-doc.tokens --valid-fraction 0.1");
   prepare.run([] { return prepare_command.run(); });
 
   static InfoCommand info_command;
   Command info = data.subcommand("info", "What is in a dataset");
   info.positional("DIR", info_command.folder, true, "dataset folder");
-  info.flag("--verify", info_command.verify, "read everything and check it: checksums, ids, documents");
+  info.flag("--verify", info_command.verify,
+            "read everything and check it: checksums, ids, documents");
   info.flag("--json", info_command.json, "print one JSON object");
   info.example("everlong data info data/python-doc.tokens --verify");
   info.run([] { return info_command.run(); });

@@ -11,8 +11,8 @@
 namespace everlong::cli {
 namespace {
 
-// Prompts are read and fed in pieces of this many bytes, so their length costs no memory. A multiple of the stream's
-// chunk: the pieces then cut the text where one feed of it all would.
+// Prompts are read and fed in pieces of this many bytes, so their length costs no memory. A
+// multiple of the stream's chunk: the pieces then cut the text where one feed of it all would.
 constexpr std::size_t kPieceBytes = std::size_t{1} << 16;
 constexpr const char* kSamplerNote = "sampler";
 
@@ -71,7 +71,8 @@ Status GenerateCommand::feed_file(Session& session, const std::string& path) con
   std::string piece(kPieceBytes, '\0');
   while (status.ok()) {
     const std::size_t got = std::fread(piece.data(), 1, piece.size(), file);
-    if (caught_signal() != 0) status = {StatusCode::kInterrupted, "interrupted while reading the prompt"};
+    if (caught_signal() != 0)
+      status = {StatusCode::kInterrupted, "interrupted while reading the prompt"};
     if (got == 0 || !status.ok()) break;
     status = feed_text(session, std::string_view(piece).substr(0, got));
   }
@@ -83,9 +84,11 @@ Status GenerateCommand::feed_file(Session& session, const std::string& path) con
 Status GenerateCommand::feed_prompt(Session& session) const {
   const int given = static_cast<int>(!prompt.empty()) + static_cast<int>(!prompt_file.empty()) +
                     static_cast<int>(!source.empty());
-  if (given > 1) return invalid_argument("more than one prompt is given; use --prompt, --prompt-file or a file");
+  if (given > 1)
+    return invalid_argument("more than one prompt is given; use --prompt, --prompt-file or a file");
   if (!prompt.empty()) return feed_text(session, prompt);
-  if (given == 1) EVERLONG_RETURN_IF_ERROR(feed_file(session, prompt_file.empty() ? source : prompt_file));
+  if (given == 1)
+    EVERLONG_RETURN_IF_ERROR(feed_file(session, prompt_file.empty() ? source : prompt_file));
   // Nothing read, nothing loaded: the model begins a document of its own.
   const std::int32_t begin = session.loaded.tokenizer->bod();
   return session.stream.position() == 0 ? session.stream.feed({&begin, 1}) : Status();
@@ -109,7 +112,8 @@ Result<std::string> GenerateCommand::write_text(Session& session, std::int64_t& 
 }
 
 Status GenerateCommand::run() const {
-  if (max_tokens < 0) return invalid_argument("--max-tokens ", max_tokens, " is negative; 0 only reads the prompt");
+  if (max_tokens < 0)
+    return invalid_argument("--max-tokens ", max_tokens, " is negative; 0 only reads the prompt");
   EVERLONG_ASSIGN(const auto loaded, model.load());
   EVERLONG_ASSIGN(const auto params, sampling(loaded.folder));
   Session session{loaded, Stream(loaded.model), Sampler(params), 0, ""};
@@ -117,7 +121,8 @@ Status GenerateCommand::run() const {
   if (!load_state.empty()) {
     std::map<std::string, std::string> notes;
     EVERLONG_RETURN_IF_ERROR(session.stream.load(load_state, &notes));
-    if (!seed && notes.contains(kSamplerNote)) EVERLONG_RETURN_IF_ERROR(session.sampler.restore(notes.at(kSamplerNote)));
+    if (!seed && notes.contains(kSamplerNote))
+      EVERLONG_RETURN_IF_ERROR(session.sampler.restore(notes.at(kSamplerNote)));
   }
   const Stopwatch reading;
   EVERLONG_RETURN_IF_ERROR(feed_prompt(session));
@@ -128,66 +133,88 @@ Status GenerateCommand::run() const {
   EVERLONG_ASSIGN(const auto text, write_text(session, count));
   const double write_seconds = writing.seconds();
   if (!save_state.empty())
-    EVERLONG_RETURN_IF_ERROR(session.stream.save(save_state, {{kSamplerNote, session.sampler.save()}}));
+    EVERLONG_RETURN_IF_ERROR(
+        session.stream.save(save_state, {{kSamplerNote, session.sampler.save()}}));
 
   EVERLONG_RETURN_IF_ERROR(flush_output());
-  const auto rate = [](std::int64_t tokens, double seconds) { return static_cast<double>(tokens) / seconds; };
+  const auto rate = [](std::int64_t tokens, double seconds) {
+    return static_cast<double>(tokens) / seconds;
+  };
   if (!output.json)
-    note(cat("\n[read ", with_commas(session.prompt_tokens), " tokens",
-             session.prompt_tokens > 0
-                 ? cat(" at ", with_commas(static_cast<std::int64_t>(rate(session.prompt_tokens, read_seconds))), "/s") : "",
-             ", wrote ", with_commas(count),
-             count > 0 ? cat(" at ", with_commas(static_cast<std::int64_t>(rate(count, write_seconds))), "/s") : "",
-             "; position ", with_commas(session.stream.position()), ", state ",
-             human_bytes(static_cast<double>(session.stream.state_bytes())), "]"));
-  nlohmann::ordered_json object = {{"prompt", session.prompt_end},
-                                   {"text", text},
-                                   {"prompt_tokens", session.prompt_tokens},
-                                   {"tokens", count},
-                                   {"position", session.stream.position()},
-                                   {"state_bytes", session.stream.state_bytes()},
-                                   {"temperature", params.temperature},
-                                   {"seed", params.seed},
-                                   {"prompt_tokens_per_second", rate(session.prompt_tokens, read_seconds)},
-                                   {"tokens_per_second", rate(count, write_seconds)}};
+    note(cat(
+        "\n[read ", with_commas(session.prompt_tokens), " tokens",
+        session.prompt_tokens > 0
+            ? cat(" at ",
+                  with_commas(static_cast<std::int64_t>(rate(session.prompt_tokens, read_seconds))),
+                  "/s")
+            : "",
+        ", wrote ", with_commas(count),
+        count > 0
+            ? cat(" at ", with_commas(static_cast<std::int64_t>(rate(count, write_seconds))), "/s")
+            : "",
+        "; position ", with_commas(session.stream.position()), ", state ",
+        human_bytes(static_cast<double>(session.stream.state_bytes())), "]"));
+  nlohmann::ordered_json object = {
+      {"prompt", session.prompt_end},
+      {"text", text},
+      {"prompt_tokens", session.prompt_tokens},
+      {"tokens", count},
+      {"position", session.stream.position()},
+      {"state_bytes", session.stream.state_bytes()},
+      {"temperature", params.temperature},
+      {"seed", params.seed},
+      {"prompt_tokens_per_second", rate(session.prompt_tokens, read_seconds)},
+      {"tokens_per_second", rate(count, write_seconds)}};
   object.update(describe(loaded.place));
   EVERLONG_RETURN_IF_ERROR(output.give(object, ""));
-  return caught_signal() == 0 ? Status() : Status(StatusCode::kInterrupted, "interrupted; what was written is complete");
+  return caught_signal() == 0
+             ? Status()
+             : Status(StatusCode::kInterrupted, "interrupted; what was written is complete");
 }
 
 }  // namespace
 
 void add_generate(Command& program) {
   static GenerateCommand command;
-  Command generate = program.subcommand(
-      "generate", "Continue a text",
-      "Reads a prompt of any length and continues it, printing as it samples. The prompt is read in pieces: its length "
-      "costs time, not memory. A saved state goes on later, in another process, exactly where it stopped.");
+  Command generate = program.subcommand("generate", "Continue a text",
+                                        "Reads a prompt of any length and continues it, printing "
+                                        "as it samples. The prompt is read in pieces: its length "
+                                        "costs time, not memory. A saved state goes on later, in "
+                                        "another process, exactly where it stopped.");
   command.model.add(generate);
   generate.positional("FILE", command.source, false, "prompt file; - reads standard input");
   generate.option("-p,--prompt TEXT", command.prompt, "the text to continue");
-  generate.option("--prompt-file FILE", command.prompt_file, "the same from a file; - reads standard input");
+  generate.option("--prompt-file FILE", command.prompt_file,
+                  "the same from a file; - reads standard input");
   generate.option("-n,--max-tokens N", command.max_tokens, "most tokens to write");
   generate.option("--temperature X", command.temperature,
-                  "0: always the likeliest token; 1: as the model sees it. Default of this and of the following: the "
+                  "0: always the likeliest token; 1: as the model sees it. Default of this and of "
+                  "the following: the "
                   "model folder's generation_config.json");
   generate.option("--top-k N", command.top_k, "only the N likeliest tokens; 0: all");
-  generate.option("--top-p X", command.top_p, "only the likeliest tokens that sum to this probability");
+  generate.option("--top-p X", command.top_p,
+                  "only the likeliest tokens that sum to this probability");
   generate.option("--min-p X", command.min_p, "no token less likely than X times the likeliest");
-  generate.option("--repetition-penalty X", command.repetition_penalty, "above 1 discourages what was just said");
+  generate.option("--repetition-penalty X", command.repetition_penalty,
+                  "above 1 discourages what was just said");
   generate.option("--seed N", command.seed, "same seed, same text");
   generate.option("--save-state FILE", command.save_state, "write the stream's state when done");
-  generate.option("--load-state FILE", command.load_state,
-                  "go on from a saved state; its random sequence goes on too, unless --seed begins a new one");
+  generate.option(
+      "--load-state FILE", command.load_state,
+      "go on from a saved state; its random sequence goes on too, unless --seed begins a new one");
   generate.flag("--past-end", command.past_end, "go on when the model ends the document");
   command.output.add(generate);
-  generate.example("everlong generate --model runs/demo --prompt 'The list method' --temperature 0.8");
+  generate.example(
+      "everlong generate --model runs/demo --prompt 'The list method' --temperature 0.8");
   generate.example("cat book.txt | everlong generate --model runs/demo - --max-tokens 400",
                    "a prompt of any length from standard input");
-  generate.example("everlong generate --model runs/demo --prompt-file book.txt --max-tokens 0 --save-state book.state",
-                   "read once, and ...");
-  generate.example("everlong generate --model runs/demo --load-state book.state --prompt ' In short,'",
-                   "... continue as often as you like without reading it again");
+  generate.example(
+      "everlong generate --model runs/demo --prompt-file book.txt --max-tokens 0 --save-state "
+      "book.state",
+      "read once, and ...");
+  generate.example(
+      "everlong generate --model runs/demo --load-state book.state --prompt ' In short,'",
+      "... continue as often as you like without reading it again");
   generate.run([] { return command.run(); });
 }
 

@@ -28,8 +28,11 @@ Status InfoCommand::list_mechanisms() const {
   std::string lacking;
   Table table({"mechanism", "what it is", "carries", "source"}, {0, 1, 2, 3});
   for (const Mechanism* room : mechanisms()) {
-    nlohmann::ordered_json entry = {{"name", room->name}, {"title", room->title}, {"source", room->source},
-                                    {"carries", room->carries}, {"lacks", nlohmann::ordered_json::array()},
+    nlohmann::ordered_json entry = {{"name", room->name},
+                                    {"title", room->title},
+                                    {"source", room->source},
+                                    {"carries", room->carries},
+                                    {"lacks", nlohmann::ordered_json::array()},
                                     {"operators", nlohmann::ordered_json::array()}};
     for (const Lack& lack : room->lacks) {
       entry["lacks"].push_back({{"what", lack.what}, {"why", lack.why}});
@@ -39,7 +42,10 @@ Status InfoCommand::list_mechanisms() const {
       auto forms = nlohmann::ordered_json::array();
       std::vector<std::string> names;
       for (const OpForm& form : op->forms()) {
-        forms.push_back({{"name", form.name}, {"cpu", form.cpu}, {"cuda", form.cuda}, {"low_precision", form.low_precision}});
+        forms.push_back({{"name", form.name},
+                         {"cpu", form.cpu},
+                         {"cuda", form.cuda},
+                         {"low_precision", form.low_precision}});
         names.push_back(form.name);
       }
       entry["operators"].push_back({{"kind", std::string(op->kind())}, {"forms", forms}});
@@ -62,14 +68,15 @@ Status InfoCommand::describe_model() const {
   Decoder& decoder = *loaded.model;
   const ModelConfig& config = decoder.config();
   const ModelState state = decoder.make_state(1);
-  nlohmann::ordered_json object = {{"model", loaded.folder.string()},
-                                   {"parameters", decoder.parameter_count()},
-                                   {"fingerprint", fingerprint(decoder)},
-                                   {"config", nlohmann::ordered_json::parse(config.to_json().dump())},
-                                   {"state_bytes", state.bytes()},
-                                   {"state_bytes_bound_1k", state.bytes_bound(kNear)},
-                                   {"state_bytes_bound_1m", state.bytes_bound(kFar)},
-                                   {"layers", nlohmann::ordered_json::array()}};
+  nlohmann::ordered_json object = {
+      {"model", loaded.folder.string()},
+      {"parameters", decoder.parameter_count()},
+      {"fingerprint", fingerprint(decoder)},
+      {"config", nlohmann::ordered_json::parse(config.to_json().dump())},
+      {"state_bytes", state.bytes()},
+      {"state_bytes_bound_1k", state.bytes_bound(kNear)},
+      {"state_bytes_bound_1m", state.bytes_bound(kFar)},
+      {"layers", nlohmann::ordered_json::array()}};
   std::vector<std::string> head = {"layer", "mechanism", "state at 1K", "at 1M tokens"};
   if (why) head.emplace_back("path");
   Table table(std::move(head), {0, 1, 4});
@@ -77,9 +84,12 @@ Status InfoCommand::describe_model() const {
   for (std::int64_t i = 0; i < config.num_layers(); ++i) {
     const auto index = static_cast<std::size_t>(i);
     const std::string path = decoder.mixer(i).path(loaded.place.device);
-    const std::int64_t near = state.layer(index).bytes_bound(kNear), far = state.layer(index).bytes_bound(kFar);
-    object["layers"].push_back({{"mechanism", config.layer_types[index]}, {"path", path},
-                                {"state_bytes_bound_1k", near}, {"state_bytes_bound_1m", far}});
+    const std::int64_t near = state.layer(index).bytes_bound(kNear),
+                       far = state.layer(index).bytes_bound(kFar);
+    object["layers"].push_back({{"mechanism", config.layer_types[index]},
+                                {"path", path},
+                                {"state_bytes_bound_1k", near},
+                                {"state_bytes_bound_1m", far}});
     std::vector<std::string> row = {cat(i), config.layer_types[index], size(near), size(far)};
     if (why) row.push_back(path);
     table.add(std::move(row));
@@ -90,9 +100,10 @@ Status InfoCommand::describe_model() const {
     return {};
   }
   table.add({"all", "", size(state.bytes_bound(kNear)), size(state.bytes_bound(kFar))});
-  print(cat(loaded.folder.string(), ": ", with_commas(decoder.parameter_count()), " parameters, ", config.block,
-            " blocks of width ", config.hidden_size, ", vocabulary ", config.vocab_size, " (", config.tokenizer, "), on ",
-            loaded.place.device.str(), "\n\n", table.text()));
+  print(cat(loaded.folder.string(), ": ", with_commas(decoder.parameter_count()), " parameters, ",
+            config.block, " blocks of width ", config.hidden_size, ", vocabulary ",
+            config.vocab_size, " (", config.tokenizer, "), on ", loaded.place.device.str(), "\n\n",
+            table.text()));
   return {};
 }
 
@@ -102,7 +113,8 @@ void add_info(Command& program) {
   static InfoCommand command;
   Command info = program.subcommand(
       "info", "The mechanisms, or what a model is made of",
-      "Without a model: the mechanisms of this program and what each declares to lack. With one: its layers, the bytes "
+      "Without a model: the mechanisms of this program and what each declares to lack. With one: "
+      "its layers, the bytes "
       "of state each may hold, and with --why the code that runs it on this machine.");
   info.option("-m,--model DIR", command.model, "model folder, or a run folder that holds one");
   command.place.add(info);

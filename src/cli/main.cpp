@@ -1,4 +1,10 @@
 #include <everlong_build_info.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <string_view>
 
 #include "cli/commands.h"
 #include "cli/terminal.h"
@@ -9,22 +15,39 @@ namespace everlong::cli {
 namespace {
 
 constexpr const char* kDescription =
-    R"(Trains and streams language models whose context has no bound: what a model remembers of the past has a fixed size, whether it has read a thousand tokens or a billion.
+    R"(Trains and streams language models whose context has no bound: what a
+model remembers of the past has a fixed size, whether it has read a thousand tokens or a billion.
 
 A first tour: fetch a text, prepare it, train a model on it, let it write.)";
 
 Status print_version() {
   const RuntimeInfo about = runtime_info();
-  print(cat("everlong ", build_info::kVersion, " (commit ", build_info::kCommit, ", ", build_info::kBuildType, ", ",
-            build_info::kCompiler, ")\n"));
-  print(cat("torch ", about.torch, "; CPU kernels ", about.simd, ", ", about.threads, " threads on ", about.processor,
-            "\n"));
-  const std::string built = *build_info::kCuda != '\0' ? cat("built with CUDA ", build_info::kCuda) : "built without CUDA kernels";
+  print(cat("everlong ", build_info::kVersion, " (commit ", build_info::kCommit, ", ",
+            build_info::kBuildType, ", ", build_info::kCompiler, ")\n"));
+  print(cat("torch ", about.torch, "; CPU kernels ", about.simd, ", ", about.threads,
+            " threads on ", about.processor, "\n"));
+  const std::string built = *build_info::kCuda != '\0' ? cat("built with CUDA ", build_info::kCuda)
+                                                       : "built without CUDA kernels";
   const std::string found = about.gpus.empty()
                                 ? (about.cuda_trouble.empty() ? "no GPU found" : about.cuda_trouble)
                                 : join(about.gpus, ", ");
   print(cat("CUDA: ", built, "; ", found, "\n"));
   return {};
+}
+
+// By default threads that wait for each other at the end of a parallel loop spin. On a machine that
+// has other work that made training six times slower (docs/benchmarks.md); sleeping costs little.
+// The OpenMP runtime reads its settings before main does anything: so a program that is about to
+// compute starts itself once more, unless the user has chosen.
+void wait_asleep(int argc, char** argv) {
+  constexpr std::array kComputing = {"train", "generate", "eval", "stream", "bench"};
+  const bool computes =
+      argc > 1 && std::ranges::find(kComputing, std::string_view(argv[1])) != kComputing.end();
+  if (!computes || std::getenv("OMP_WAIT_POLICY") != nullptr ||
+      std::getenv("GOMP_SPINCOUNT") != nullptr)
+    return;
+  ::setenv("OMP_WAIT_POLICY", "passive", 1);
+  ::execv("/proc/self/exe", argv);  // comes back only when it fails; then the threads spin
 }
 
 struct Globals {
@@ -42,11 +65,16 @@ void build(Command& program, Globals& globals) {
   add_bench(program);
   add_info(program);
   add_report(program);
-  program.flag("--version", globals.version, "Versions of program, torch and CUDA, and the instruction set in use");
+  program.flag("--version", globals.version,
+               "Versions of program, torch and CUDA, and the instruction set in use");
   program.flag("-q,--quiet", globals.quiet, "No progress and no notes; data and errors stay");
-  program.choice("--color WHEN", globals.color, {"auto", "always", "never"}, "NO_COLOR in the environment means never");
-  program.note("Every option can also be set in the environment: --top-k is EVERLONG_TOP_K. The command line wins. Counts "
-               "may end in K, M or G, powers of 1024.\n\nExit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 interrupted.");
+  program.choice("--color WHEN", globals.color, {"auto", "always", "never"},
+                 "NO_COLOR in the environment means never");
+  program.note(
+      "Every option can also be set in the environment: --top-k is EVERLONG_TOP_K. The command "
+      "line wins. Counts "
+      "may end in K, M or G, powers of 1024.\n\nExit codes: 0 done, 1 failed, 2 wrong usage, 130 "
+      "and 143 interrupted.");
   program.example("everlong data fetch python-doc", "download a text: the manuals of Python");
   program.example("everlong data prepare data/python-doc --out data/python-doc.tokens");
   program.example("everlong train recipes/lightning_demo.toml --out runs/first");
@@ -62,7 +90,8 @@ void build(Command& program, Globals& globals) {
 }  // namespace everlong::cli
 
 int main(int argc, char** argv) {
+  everlong::cli::wait_asleep(argc, argv);
   everlong::cli::Globals globals;
-  return everlong::cli::run_program(argc, argv,
-                                    [&](everlong::cli::Command& program) { everlong::cli::build(program, globals); });
+  return everlong::cli::run_program(
+      argc, argv, [&](everlong::cli::Command& program) { everlong::cli::build(program, globals); });
 }

@@ -20,7 +20,8 @@ constexpr std::int64_t kWrittenTokens = 32;  // of one timing of writing
 std::vector<std::int32_t> random_tokens(std::int64_t count, std::int64_t vocabulary) {
   std::mt19937_64 generator(1);
   std::vector<std::int32_t> ids(static_cast<std::size_t>(count));
-  for (auto& id : ids) id = static_cast<std::int32_t>(generator() % static_cast<std::uint64_t>(vocabulary));
+  for (auto& id : ids)
+    id = static_cast<std::int32_t>(generator() % static_cast<std::uint64_t>(vocabulary));
   return ids;
 }
 
@@ -39,11 +40,13 @@ Spread rates(const Spread& seconds, std::int64_t tokens) {
   return {count / seconds.median, count / seconds.max, count / seconds.min, seconds.repeats};
 }
 
-void bench_training(Decoder& model, const Place& place, const ModelBenchOptions& options, ModelSpeed& speed) {
+void bench_training(Decoder& model, const Place& place, const ModelBenchOptions& options,
+                    ModelSpeed& speed) {
   model.train();
   model.set_checkpointing(options.checkpointing);
   std::vector<std::pair<std::string, at::Tensor>> parameters;
-  for (const auto& entry : model.named_parameters()) parameters.emplace_back(entry.key(), entry.value());
+  for (const auto& entry : model.named_parameters())
+    parameters.emplace_back(entry.key(), entry.value());
   AdamW optimizer(parameters, {});
   Backprop backprop(model, place.device, Carry::kNone, /*segment_tokens=*/0);
   const Batch batch = random_batch(options.rows, speed.tokens, model.config().vocab_size);
@@ -55,26 +58,33 @@ void bench_training(Decoder& model, const Place& place, const ModelBenchOptions&
     optimizer.step(1e-6);
     synchronize(place.device);
   };
-  speed.training = rates(measure_in_turns({step}, {.min_seconds = 1, .min_repeats = 3, .enough_seconds = 20}).front(), tokens);
+  speed.training = rates(
+      measure_in_turns({step}, {.min_seconds = 1, .min_repeats = 3, .enough_seconds = 20}).front(),
+      tokens);
   const auto memory = device_memory(place.device);
   speed.training_peak_bytes = memory ? memory->peak : peak_resident_bytes();
 }
 
-Status bench_streaming(const std::shared_ptr<Decoder>& model, const ModelBenchOptions& options, ModelSpeed& speed) {
+Status bench_streaming(const std::shared_ptr<Decoder>& model, const ModelBenchOptions& options,
+                       ModelSpeed& speed) {
   model->eval();
   const auto ids = random_tokens(speed.tokens, model->config().vocab_size);
   Stream stream(model, options.feed);
   Status status;
   const auto read = [&] {
     stream.reset();
-    if (status.ok()) status = stream.feed(ids);  // ends with the logits on the CPU: the device is idle
+    if (status.ok())
+      status = stream.feed(ids);  // ends with the logits on the CPU: the device is idle
   };
-  const auto reading = measure_in_turns({read}, {.min_seconds = 0.5, .min_repeats = 3, .enough_seconds = 10}).front();
+  const auto reading =
+      measure_in_turns({read}, {.min_seconds = 0.5, .min_repeats = 3, .enough_seconds = 10})
+          .front();
   EVERLONG_RETURN_IF_ERROR(status);
   speed.reading = rates(reading, speed.tokens);
   speed.state_bytes = stream.state_bytes();
   const auto write = [&] {
-    for (std::int64_t i = 0; i < kWrittenTokens && status.ok(); ++i) status = stream.feed({ids.data(), 1});
+    for (std::int64_t i = 0; i < kWrittenTokens && status.ok(); ++i)
+      status = stream.feed({ids.data(), 1});
   };
   speed.writing = rates(measure_in_turns({write}).front(), kWrittenTokens);
   return status;

@@ -29,10 +29,12 @@ void add_report(Command& program) {
   static ReportCommand command;
   Command report = program.subcommand(
       "report", "Make one HTML page of a run",
-      "Makes one self-contained HTML page of a run folder: loss, bits per byte, speed and memory by position, as far as "
+      "Makes one self-contained HTML page of a run folder: loss, bits per byte, speed and memory "
+      "by position, as far as "
       "they were measured; the page says which command measures what is missing.");
   report.positional("RUN", command.folder, true, "run folder of `everlong train`");
-  report.option("-o,--out FILE", command.out, "page to write; default: report.html in the run folder; - is stdout");
+  report.option("-o,--out FILE", command.out,
+                "page to write; default: report.html in the run folder; - is stdout");
   report.example("everlong report runs/demo --out demo.html");
   report.run([] { return command.run(); });
 }

@@ -10,8 +10,10 @@
 namespace everlong::cli {
 
 void PlaceOptions::add(Command& command) {
-  command.option("--device DEVICE", device, "cpu, cuda, cuda:1, or auto: the first GPU that works, else the CPU");
-  command.choice("--dtype", dtype, {"auto", "fp32", "bf16", "fp64"}, "of weights and activations; auto: bf16 on CUDA, else fp32");
+  command.option("--device DEVICE", device,
+                 "cpu, cuda, cuda:1, or auto: the first GPU that works, else the CPU");
+  command.choice("--dtype", dtype, {"auto", "fp32", "bf16", "fp64"},
+                 "of weights and activations; auto: bf16 on CUDA, else fp32");
   command.option("--threads N", threads, "on the CPU; 0: all cores");
 }
 
@@ -24,7 +26,8 @@ Result<Place> PlaceOptions::resolve() const {
 
 fs::path model_folder(const fs::path& given) {
   std::error_code ignored;
-  const bool run = !fs::exists(given / "config.json", ignored) && fs::exists(given / "model" / "config.json", ignored);
+  const bool run = !fs::exists(given / "config.json", ignored) &&
+                   fs::exists(given / "model" / "config.json", ignored);
   return run ? given / "model" : given;
 }
 
@@ -51,29 +54,35 @@ void TextOptions::add(Command& command) {
 
 Result<TokenSource> TextOptions::open(const LoadedModel& loaded) const {
   if (data.empty() == text.empty())
-    return invalid_argument(data.empty() ? "nothing to read: give --data DIR (a prepared dataset) or --text FILE"
-                                         : "--data and --text are both given; one of them is read");
+    return invalid_argument(
+        data.empty() ? "nothing to read: give --data DIR (a prepared dataset) or --text FILE"
+                     : "--data and --text are both given; one of them is read");
   if (!text.empty()) return TokenSource::from_text(text, *loaded.tokenizer);
   EVERLONG_ASSIGN(const auto dataset, TokenDataset::open(data));
   const auto& config = loaded.model->config();
   if (dataset.info().tokenizer != config.tokenizer || dataset.info().vocab_size > config.vocab_size)
-    return invalid_argument(data, " holds tokens of \"", dataset.info().tokenizer, "\" (vocabulary ",
-                            dataset.info().vocab_size, "); the model reads \"", config.tokenizer, "\" (",
-                            config.vocab_size, "). Prepare the text again with --tokenizer ", config.tokenizer);
+    return invalid_argument(data, " holds tokens of \"", dataset.info().tokenizer,
+                            "\" (vocabulary ", dataset.info().vocab_size, "); the model reads \"",
+                            config.tokenizer, "\" (", config.vocab_size,
+                            "). Prepare the text again with --tokenizer ", config.tokenizer);
   EVERLONG_ASSIGN(auto view, dataset.split(split));
   return TokenSource(std::move(view));
 }
 
 void OutputOptions::add(Command& command) {
   command.flag("--json", json, "print one JSON object");
-  command.option("--save FILE", save, "write the JSON object to a file as well; `everlong report` reads it");
+  command.option("--save FILE", save,
+                 "write the JSON object to a file as well; `everlong report` reads it");
 }
 
 Status OutputOptions::give(const nlohmann::ordered_json& object, std::string_view text) const {
-  if (json) print_json(object);
-  else print(text);
+  if (json)
+    print_json(object);
+  else
+    print(text);
   if (save.empty()) return {};
-  return write_file(save, object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+  return write_file(save,
+                    object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
 }
 
 nlohmann::ordered_json describe(const Place& place) {

@@ -25,15 +25,20 @@ struct StreamCommand {
     Stream stream(loaded.model, wanted.feed);
     Progress progress("stream", wanted.tokens, "tokens");
     EVERLONG_ASSIGN(const auto report, measure_streaming(stream, source, *loaded.tokenizer, wanted,
-                                                         [&](std::int64_t done) { progress.update(done); }));
-    progress.finish();
+                                                         [&](std::int64_t done) {
+                                                           progress.update(done);
+                                                           if (done == wanted.tokens)
+                                                             progress.finish();
+                                                         }));
     nlohmann::ordered_json object = {{"model", loaded.folder.string()}};
     object.update(to_json(report));
     object.update(describe(loaded.place));
     return output.give(object,
                        cat(table(report), with_commas(report.tokens), " tokens in one stream in ",
                            human_duration(report.seconds),
-                           report.total.tokens > 0 ? cat("; ", fixed(report.total.bits_per_byte(), 4), " bits per byte") : "",
+                           report.total.tokens > 0
+                               ? cat("; ", fixed(report.total.bits_per_byte(), 4), " bits per byte")
+                               : "",
                            "\n"));
   }
 
@@ -47,7 +52,8 @@ struct StreamCommand {
     Table out(std::move(head));
     const auto whole = [](double value) { return with_commas(static_cast<std::int64_t>(value)); };
     for (const auto& mark : report.marks) {
-      std::vector<std::string> row = {with_commas(mark.tokens), whole(timed ? mark.speed.median : mark.observed)};
+      std::vector<std::string> row = {with_commas(mark.tokens),
+                                      whole(timed ? mark.speed.median : mark.observed)};
       if (timed) row.push_back(whole(mark.observed));
       for (const auto bytes : {mark.state_bytes, mark.state_bytes_bound, mark.resident_bytes})
         row.push_back(human_bytes(static_cast<double>(bytes)));
@@ -62,12 +68,15 @@ struct StreamCommand {
 
 void add_stream(Command& program) {
   static StreamCommand command;
-  Command stream = program.subcommand(
-      "stream", "Feed one endless stream and watch speed and memory",
-      "Feeds a long text through one stream and reports, at marks, tokens a second, bytes of state and resident memory. "
-      "The speed at a mark is timed after the stream: the same feed from copies of the stream at every mark in turn, "
-      "median of several rounds, so that a noisy machine treats all marks alike; beside it stands the speed as it "
-      "streamed.");
+  Command stream =
+      program.subcommand("stream", "Feed one endless stream and watch speed and memory",
+                         "Feeds a long text through one stream and reports, at marks, tokens a "
+                         "second, bytes of state and resident memory. "
+                         "The speed at a mark is timed after the stream: the same feed from copies "
+                         "of the stream at every mark in turn, "
+                         "median of several rounds, so that a noisy machine treats all marks "
+                         "alike; beside it stands the speed as it "
+                         "streamed.");
   command.model.add(stream);
   command.text.add(stream);
   stream.option("-n,--tokens N", command.options.tokens, "how far");
@@ -77,7 +86,8 @@ void add_stream(Command& program) {
   stream.flag("--no-score", command.no_score, "only feed: faster, but no bits per byte");
   command.output.add(stream);
   stream.example("everlong stream --model runs/demo --data data/python-doc.tokens");
-  stream.example("everlong stream --model runs/demo --text book.txt --tokens 50000 --marks 1000,50000");
+  stream.example(
+      "everlong stream --model runs/demo --text book.txt --tokens 50000 --marks 1000,50000");
   stream.run([] { return command.run(); });
 }
 

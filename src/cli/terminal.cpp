@@ -50,8 +50,9 @@ void note(std::string_view line) {
 
 void print_error(std::string_view command, std::string_view message) {
   const bool red = colored(STDERR_FILENO);
-  std::fprintf(stderr, "%s%.*s:%s %.*s\n", red ? "\033[31m" : "", static_cast<int>(command.size()), command.data(),
-               red ? "\033[0m" : "", static_cast<int>(message.size()), message.data());
+  std::fprintf(stderr, "%s%.*s:%s %.*s\n", red ? "\033[31m" : "", static_cast<int>(command.size()),
+               command.data(), red ? "\033[0m" : "", static_cast<int>(message.size()),
+               message.data());
 }
 
 void print(std::string_view text) { std::fwrite(text.data(), 1, text.size(), stdout); }
@@ -66,7 +67,8 @@ Status flush_output() {
   return io_error("standard output cannot be written");
 }
 
-Table::Table(std::vector<std::string> head, std::vector<std::size_t> left) : left_(std::move(left)) {
+Table::Table(std::vector<std::string> head, std::vector<std::size_t> left)
+    : left_(std::move(left)) {
   rows_.push_back(std::move(head));
 }
 

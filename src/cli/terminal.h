@@ -1,4 +1,5 @@
-// What the program says: data on stdout, everything else on stderr; colour only where a person looks.
+// What the program says: data on stdout, everything else on stderr; colour only where a person
+// looks.
 #pragma once
 #include <nlohmann/json_fwd.hpp>
 #include <string>
@@ -13,16 +14,17 @@ namespace everlong::cli {
 void set_color(std::string_view mode);
 void set_quiet(bool quiet);  // no notes, no progress; errors and data stay
 
-std::string bold(std::string_view text);   // for stdout
-void note(std::string_view line);          // to stderr, unless quiet
+std::string bold(std::string_view text);  // for stdout
+void note(std::string_view line);         // to stderr, unless quiet
 void print_error(std::string_view command, std::string_view message);
 
-void print(std::string_view text);                // to stdout
-void print_json(const nlohmann::ordered_json& value);     // one line
+void print(std::string_view text);                     // to stdout
+void print_json(const nlohmann::ordered_json& value);  // one line
 // Fails when stdout cannot be written: a full disk must not look like success.
 Status flush_output();
 
-// Columns as wide as their widest cell; the first is flush left, the others flush right unless `left` says so.
+// Columns as wide as their widest cell; the first is flush left, the others flush right unless
+// `left` says so.
 class Table {
  public:
   explicit Table(std::vector<std::string> head, std::vector<std::size_t> left = {0});
@@ -34,7 +36,8 @@ class Table {
   std::vector<std::size_t> left_;
 };
 
-// SIGINT and SIGTERM from now on only set a flag, so that work ends at a safe point; a second one ends the program.
+// SIGINT and SIGTERM from now on only set a flag, so that work ends at a safe point; a second one
+// ends the program.
 void catch_signals();
 int caught_signal();  // 0, SIGINT or SIGTERM
 

@@ -25,7 +25,9 @@ struct TrainCommand {
     EVERLONG_ASSIGN(const auto place, place_options.resolve());
     note(cat(run_file.name, " -> ", run_file.out.folder, ", on ", place.device.str()));
     catch_signals();
-    EVERLONG_ASSIGN(const auto report, train(run_file, {.interrupted = [] { return caught_signal() != 0; }, .after_step = {}}));
+    EVERLONG_ASSIGN(
+        const auto report,
+        train(run_file, {.interrupted = [] { return caught_signal() != 0; }, .after_step = {}}));
     nlohmann::ordered_json object = {{"model", report.model_folder.string()},
                                      {"parameters", report.parameters},
                                      {"steps", report.steps},
@@ -40,17 +42,20 @@ struct TrainCommand {
       object["valid_tokens"] = report.valid->tokens;
     }
     object.update(describe(place));
-    EVERLONG_RETURN_IF_ERROR(write_file(fs::path(run_file.out.folder) / "train.json", object.dump() + "\n"));
+    EVERLONG_RETURN_IF_ERROR(
+        write_file(fs::path(run_file.out.folder) / "train.json", object.dump() + "\n"));
     if (json) {
       print_json(object);
       return {};
     }
-    print(cat(with_commas(report.parameters), " parameters, ", with_commas(report.steps), " steps, ",
-              with_commas(report.tokens), " tokens in ", human_duration(report.seconds), " (",
-              with_commas(static_cast<std::int64_t>(report.tokens_per_second)), " tokens/s, ", fixed(report.epochs, 2),
-              " times through the text)\nloss ", fixed(report.loss, 4), " nats per token",
+    print(cat(with_commas(report.parameters), " parameters, ", with_commas(report.steps),
+              " steps, ", with_commas(report.tokens), " tokens in ", human_duration(report.seconds),
+              " (", with_commas(static_cast<std::int64_t>(report.tokens_per_second)), " tokens/s, ",
+              fixed(report.epochs, 2), " times through the text)\nloss ", fixed(report.loss, 4),
+              " nats per token",
               report.valid ? cat("; held out ", fixed(report.valid->loss, 4), " (",
-                                 fixed(report.valid->bits_per_byte, 4), " bits per byte)") : "",
+                                 fixed(report.valid->bits_per_byte, 4), " bits per byte)")
+                           : "",
               "\nmodel: ", report.model_folder.string(), "\n"));
     return {};
   }
@@ -60,18 +65,22 @@ struct TrainCommand {
 
 void add_train(Command& program) {
   static TrainCommand command;
-  Command train = program.subcommand(
-      "train", "Train a model as a run file says",
-      "Trains a model as a run file says: model, data, optimiser and schedule in TOML. Writes the run folder: run.toml "
-      "(every setting, defaults included), log.jsonl (a line a step), train.json and the model. Ctrl-C saves the model "
-      "and stops; twice stops at once.");
+  Command train = program.subcommand("train", "Train a model as a run file says",
+                                     "Trains a model as a run file says: model, data, optimiser "
+                                     "and schedule in TOML. Writes the run folder: run.toml "
+                                     "(every setting, defaults included), log.jsonl (a line a "
+                                     "step), train.json and the model. Ctrl-C saves the model "
+                                     "and stops; twice stops at once.");
   train.positional("RUN.toml", command.file, true, "run file; recipes/ holds some");
-  train.option("--set KEY=VALUE", command.settings, "override one setting, e.g. train.steps=100; may be repeated");
+  train.option("--set KEY=VALUE", command.settings,
+               "override one setting, e.g. train.steps=100; may be repeated");
   train.option("-o,--out DIR", command.out, "run folder, instead of the file's out.folder");
   train.flag("--show", command.show, "print the run with all its settings and stop");
   train.flag("--json", command.json, "print one JSON object at the end");
   train.example("everlong train recipes/lightning_demo.toml");
-  train.example("everlong train recipes/lightning_demo.toml --set train.steps=50 --set train.learning_rate=1e-3 --out runs/try");
+  train.example(
+      "everlong train recipes/lightning_demo.toml --set train.steps=50 --set "
+      "train.learning_rate=1e-3 --out runs/try");
   train.example("everlong train recipes/lightning_demo.toml --show", "all settings that there are");
   train.run([] { return command.run(); });
 }

@@ -14,19 +14,23 @@ constexpr std::int64_t kPieceTokens = 4096;
 // What the last tokens of a long case may cost in float64: a few seconds of one device.
 constexpr double kBearableFlopsCpu = 2e11, kBearableFlopsCuda = 2e13;
 
-// Largest error over largest value. Sums of a thousand products in another order, gradients summed over a case:
-// fp32 stays near 1e-6, bf16 rounds each result to 2^-9 and inner products of rounded values once more.
+// Largest error over largest value. Sums of a thousand products in another order, gradients summed
+// over a case: fp32 stays near 1e-6, bf16 rounds each result to 2^-9 and inner products of rounded
+// values once more.
 double allowed_error(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kDouble: return 1e-10;
-    case at::kFloat: return 1e-4;
-    default: return 4e-2;
+    case at::kDouble:
+      return 1e-10;
+    case at::kFloat:
+      return 1e-4;
+    default:
+      return 4e-2;
   }
 }
 
-// Collects tensors that belong together, then judges each by its own largest value. Where that is a hundredth of the
-// group's largest or less, by that hundredth: softmax over one token has the gradient zero, and its rounding is no
-// error.
+// Collects tensors that belong together, then judges each by its own largest value. Where that is a
+// hundredth of the group's largest or less, by that hundredth: softmax over one token has the
+// gradient zero, and its rounding is no error.
 class Comparison {
  public:
   explicit Comparison(OpGate& gate) : gate_(gate) {}
@@ -68,7 +72,8 @@ TensorMap to_double(const TensorMap& tensors) {
   return out;
 }
 
-// The very numbers that the form gets, in float64: only what it computes is judged, not how its inputs were rounded.
+// The very numbers that the form gets, in float64: only what it computes is judged, not how its
+// inputs were rounded.
 OpCall widened(const Operator& op, const OpCall& call, at::Device device) {
   return cast_call(op, call, at::kDouble, device);
 }
@@ -78,7 +83,8 @@ OpCall only_from(const OpCall& call, std::int64_t begin, std::int64_t end) {
   OpCall out = call;
   for (auto& [name, gradient] : out.grad_out) {
     at::Tensor kept = at::zeros_like(gradient);
-    if (!name.starts_with("state.")) kept.narrow(1, begin, end - begin).copy_(gradient.narrow(1, begin, end - begin));
+    if (!name.starts_with("state."))
+      kept.narrow(1, begin, end - begin).copy_(gradient.narrow(1, begin, end - begin));
     gradient = kept;
   }
   return out;
@@ -96,7 +102,8 @@ OpCall cast_call(const Operator& op, const OpCall& call, at::ScalarType dtype, a
   const auto state_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
   for (auto& [name, tensor] : out.state)
     tensor = tensor.is_floating_point() ? tensor.to(device, state_dtype) : tensor.to(device);
-  for (auto& [name, tensor] : out.grad_out) tensor = tensor.to(device, name.starts_with("state.") ? state_dtype : dtype);
+  for (auto& [name, tensor] : out.grad_out)
+    tensor = tensor.to(device, name.starts_with("state.") ? state_dtype : dtype);
   return out;
 }
 
@@ -113,8 +120,8 @@ OpCall slice_call(const Operator& op, const OpCall& call, std::int64_t begin, st
   return out;
 }
 
-Result<TensorMap> state_after(const Operator& op, std::string_view form, const OpCall& call, std::int64_t tokens,
-                              at::ScalarType dtype) {
+Result<TensorMap> state_after(const Operator& op, std::string_view form, const OpCall& call,
+                              std::int64_t tokens, at::ScalarType dtype) {
   const at::Device device = call.inputs.at(op.token_inputs().front()).device();
   TensorMap state = call.state;
   OpCall plain = call;
@@ -128,8 +135,8 @@ Result<TensorMap> state_after(const Operator& op, std::string_view form, const O
   return state;
 }
 
-Result<OpGate> check_op(const Operator& op, std::string_view form, const OpCall& call, std::int64_t tokens,
-                        at::ScalarType dtype, double flops) {
+Result<OpGate> check_op(const Operator& op, std::string_view form, const OpCall& call,
+                        std::int64_t tokens, at::ScalarType dtype, double flops) {
   OpGate gate;
   gate.allowed = allowed_error(dtype);
   Comparison comparison(gate);
@@ -139,10 +146,12 @@ Result<OpGate> check_op(const Operator& op, std::string_view form, const OpCall&
   if (tokens <= kGateTokens) {
     gate.against = cat("reference, all ", tokens, " tokens");
     EVERLONG_ASSIGN(const auto given, op.run(form, call));
-    EVERLONG_ASSIGN(const auto wanted, op.run(op.forms().front().name, widened(op, call, at::kCPU)));
+    EVERLONG_ASSIGN(const auto wanted,
+                    op.run(op.forms().front().name, widened(op, call, at::kCPU)));
     for (const auto& [name, tensor] : wanted.out) comparison.add(name, given.out.at(name), tensor);
     comparison.judge();
-    for (const auto& [name, tensor] : wanted.state) comparison.add("state." + name, given.state.at(name), tensor);
+    for (const auto& [name, tensor] : wanted.state)
+      comparison.add("state." + name, given.state.at(name), tensor);
     comparison.judge();
     if (gradients)
       for (const auto& [name, tensor] : wanted.grad)
@@ -155,18 +164,21 @@ Result<OpGate> check_op(const Operator& op, std::string_view form, const OpCall&
   const auto compare_piece = [&](std::string_view judge, at::Device device, std::int64_t begin,
                                  std::int64_t end, const TensorMap& state) -> Status {
     EVERLONG_ASSIGN(const auto given, op.run(form, only_from(call, begin, end)));
-    OpCall piece = only_from(widened(op, slice_call(op, call, begin, end, state), device), 0, end - begin);
+    OpCall piece =
+        only_from(widened(op, slice_call(op, call, begin, end, state), device), 0, end - begin);
     EVERLONG_ASSIGN(const auto wanted, op.run(judge, piece));
     for (const auto& [name, tensor] : wanted.out)
       comparison.add(name, given.out.at(name).narrow(1, begin, end - begin), tensor);
     comparison.judge();
     if (end == tokens)
-      for (const auto& [name, tensor] : wanted.state) comparison.add("state." + name, given.state.at(name), tensor);
+      for (const auto& [name, tensor] : wanted.state)
+        comparison.add("state." + name, given.state.at(name), tensor);
     comparison.judge();
     for (const auto& name : names) {
       const auto found = wanted.grad.find(name);
       if (gradients && found != wanted.grad.end())
-        comparison.add("grad." + name, given.grad.at(name).narrow(1, begin, end - begin), found->second);
+        comparison.add("grad." + name, given.grad.at(name).narrow(1, begin, end - begin),
+                       found->second);
     }
     comparison.judge();
     return {};
@@ -176,8 +188,10 @@ Result<OpGate> check_op(const Operator& op, std::string_view form, const OpCall&
       compare_piece(op.forms().front().name, at::kCPU, 0, kGateTokens, to_double(call.state)));
   const at::Device device = call.inputs.at(names.front()).device();
   if (flops <= (device.is_cuda() ? kBearableFlopsCuda : kBearableFlopsCpu)) {
-    EVERLONG_ASSIGN(const auto state, state_after(op, "composite", call, tokens - kGateTokens, at::kDouble));
-    EVERLONG_RETURN_IF_ERROR(compare_piece("composite", device, tokens - kGateTokens, tokens, state));
+    EVERLONG_ASSIGN(const auto state,
+                    state_after(op, "composite", call, tokens - kGateTokens, at::kDouble));
+    EVERLONG_RETURN_IF_ERROR(
+        compare_piece("composite", device, tokens - kGateTokens, tokens, state));
     gate.against += cat("; composite fp64, last ", kGateTokens, " tokens and state");
   }
   return gate;

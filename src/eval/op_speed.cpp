@@ -23,24 +23,28 @@ Result<const Operator*> find_operator(const OpBenchCase& wanted) {
     if (wanted.kind.empty() || op->kind() == wanted.kind) return op;
     kinds.emplace_back(op->kind());
   }
-  return invalid_argument(wanted.mechanism, " has no operator \"", wanted.kind, "\" over sequences; it has ",
-                          kinds.empty() ? "none" : join(kinds, ", "));
+  return invalid_argument(wanted.mechanism, " has no operator \"", wanted.kind,
+                          "\" over sequences; it has ", kinds.empty() ? "none" : join(kinds, ", "));
 }
 
-Result<std::string> find_form(const Operator& op, const OpBenchCase& wanted, const std::string& asked) {
+Result<std::string> find_form(const Operator& op, const OpBenchCase& wanted,
+                              const std::string& asked) {
   const bool cuda = wanted.device.is_cuda();
   std::string composite;
   std::vector<std::string> fitting;
   for (const OpForm& form : op.forms()) {
-    const bool fits = (cuda ? form.cuda : form.cpu) && (form.low_precision || wanted.dtype == at::kDouble);
+    const bool fits =
+        (cuda ? form.cuda : form.cpu) && (form.low_precision || wanted.dtype == at::kDouble);
     if (!fits) continue;
     fitting.push_back(form.name);
-    if (form.name == asked || (asked == "auto" && form.name == (cuda ? "cuda" : "cpu"))) return form.name;
+    if (form.name == asked || (asked == "auto" && form.name == (cuda ? "cuda" : "cpu")))
+      return form.name;
     if (form.name == "composite") composite = form.name;
   }
   if (asked == "auto" && !composite.empty()) return composite;
-  return invalid_argument("form \"", asked, "\" of ", op.kind(), " does not run in ", dtype_name(wanted.dtype), " on ",
-                          wanted.device.str(), "; these do: ", fitting.empty() ? "none" : join(fitting, ", "));
+  return invalid_argument("form \"", asked, "\" of ", op.kind(), " does not run in ",
+                          dtype_name(wanted.dtype), " on ", wanted.device.str(),
+                          "; these do: ", fitting.empty() ? "none" : join(fitting, ", "));
 }
 
 TensorMap random_gradients(const TensorMap& outputs) {
@@ -56,8 +60,10 @@ Result<OpCall> make_call(const Operator& op, const OpBenchCase& wanted, std::str
   if (step) shape.tokens += 1;
   OpCall call = cast_call(op, op.sample(shape), wanted.dtype, wanted.device);
   if (step) {
-    EVERLONG_ASSIGN(const auto state, state_after(op, form, call, wanted.shape.tokens, wanted.dtype));
-    call = cast_call(op, slice_call(op, call, wanted.shape.tokens, shape.tokens, state), wanted.dtype, wanted.device);
+    EVERLONG_ASSIGN(const auto state,
+                    state_after(op, form, call, wanted.shape.tokens, wanted.dtype));
+    call = cast_call(op, slice_call(op, call, wanted.shape.tokens, shape.tokens, state),
+                     wanted.dtype, wanted.device);
     for (auto& [name, tensor] : call.inputs) tensor = tensor.contiguous();
   }
   if (wanted.pass == "train") {
@@ -67,7 +73,8 @@ Result<OpCall> make_call(const Operator& op, const OpBenchCase& wanted, std::str
   return call;
 }
 
-// Softmax attention by torch's own kernels over the same shapes, each head's keys and values included.
+// Softmax attention by torch's own kernels over the same shapes, each head's keys and values
+// included.
 Result<std::function<void()>> sdpa_work(const OpBenchCase& wanted) {
   const auto& shape = wanted.shape;
   const bool step = wanted.pass == "step", train = wanted.pass == "train";
@@ -75,15 +82,18 @@ Result<std::function<void()>> sdpa_work(const OpBenchCase& wanted) {
   const auto random = [&](std::int64_t heads, std::int64_t tokens, std::int64_t dim) {
     return at::randn({shape.batch, heads, tokens, dim}, options).set_requires_grad(train);
   };
-  const std::int64_t keys = step ? shape.tokens + 1 : shape.tokens, queries = step ? 1 : shape.tokens;
+  const std::int64_t keys = step ? shape.tokens + 1 : shape.tokens,
+                     queries = step ? 1 : shape.tokens;
   const at::Tensor q = random(shape.heads, queries, shape.key_dim);
   const at::Tensor k = random(shape.kv_heads, keys, shape.key_dim);
   const at::Tensor v = random(shape.kv_heads, keys, shape.value_dim);
-  const at::Tensor gradient = at::randn({shape.batch, shape.heads, queries, shape.value_dim}, options);
+  const at::Tensor gradient =
+      at::randn({shape.batch, shape.heads, queries, shape.value_dim}, options);
   const bool grouped = shape.heads != shape.kv_heads;
   return std::function<void()>([=, device = wanted.device] {
     const at::AutoGradMode mode(train);
-    const at::Tensor out = at::scaled_dot_product_attention(q, k, v, {}, 0.0, /*is_causal=*/!step, {}, grouped);
+    const at::Tensor out =
+        at::scaled_dot_product_attention(q, k, v, {}, 0.0, /*is_causal=*/!step, {}, grouped);
     if (train) {
       for (const auto& tensor : {q, k, v}) tensor.mutable_grad() = at::Tensor();
       out.backward(gradient);
@@ -92,10 +102,12 @@ Result<std::function<void()>> sdpa_work(const OpBenchCase& wanted) {
   });
 }
 
-Result<std::function<void()>> baseline_work(const Operator& op, const OpBenchCase& wanted, const OpCall& call) {
+Result<std::function<void()>> baseline_work(const Operator& op, const OpBenchCase& wanted,
+                                            const OpCall& call) {
   if (wanted.baseline == "sdpa") return sdpa_work(wanted);
   if (wanted.baseline == "naive" && wanted.pass != "step" && wanted.shape.tokens > kMostNaiveTokens)
-    return invalid_argument("baseline naive holds [T, T] weights; it is offered up to ", kMostNaiveTokens, " tokens");
+    return invalid_argument("baseline naive holds [T, T] weights; it is offered up to ",
+                            kMostNaiveTokens, " tokens");
   EVERLONG_ASSIGN(const auto form, find_form(op, wanted, wanted.baseline));
   return std::function<void()>([&op, form, &call, device = wanted.device] {
     throw_if_error(op.run(form, call).status());
@@ -103,14 +115,21 @@ Result<std::function<void()>> baseline_work(const Operator& op, const OpBenchCas
   });
 }
 
-nlohmann::ordered_json describe(const OpBenchCase& wanted, const Operator& op, const std::string& form) {
+nlohmann::ordered_json describe(const OpBenchCase& wanted, const Operator& op,
+                                const std::string& form) {
   const auto& shape = wanted.shape;
-  return {{"mechanism", wanted.mechanism}, {"kind", std::string(op.kind())},
-          {"pass", wanted.pass},           {"device", wanted.device.is_cuda() ? "cuda" : "cpu"},
-          {"dtype", dtype_name(wanted.dtype)}, {"form", form},
-          {"batch", shape.batch},          {"tokens", shape.tokens},
-          {"heads", shape.heads},          {"kv_heads", shape.kv_heads},
-          {"head_dim", shape.key_dim},     {"value_dim", shape.value_dim},
+  return {{"mechanism", wanted.mechanism},
+          {"kind", std::string(op.kind())},
+          {"pass", wanted.pass},
+          {"device", wanted.device.is_cuda() ? "cuda" : "cpu"},
+          {"dtype", dtype_name(wanted.dtype)},
+          {"form", form},
+          {"batch", shape.batch},
+          {"tokens", shape.tokens},
+          {"heads", shape.heads},
+          {"kv_heads", shape.kv_heads},
+          {"head_dim", shape.key_dim},
+          {"value_dim", shape.value_dim},
           {"threads", threads()}};
 }
 
@@ -134,15 +153,18 @@ Ceilings measure_ceilings(at::Device device, at::ScalarType dtype) {
                                         synchronize(device);
                                       }},
                                      {.min_seconds = 0.3, .min_repeats = 3, .enough_seconds = 3});
-  const double cube = 2.0 * static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(n);
+  const double cube =
+      2.0 * static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(n);
   return {.flops = cube / best[0].min, .bytes = 2.0 * static_cast<double>(size) / best[1].min};
 }
 
 Result<OpBenchResult> bench_op(const OpBenchCase& wanted, const Ceilings& ceilings) {
   if (wanted.pass != "forward" && wanted.pass != "train" && wanted.pass != "step")
-    return invalid_argument("pass \"", wanted.pass, "\" is not known; allowed: forward, train, step");
+    return invalid_argument("pass \"", wanted.pass,
+                            "\" is not known; allowed: forward, train, step");
   if (wanted.shape.tokens < 1 || wanted.shape.batch < 1)
-    return invalid_argument("tokens = ", wanted.shape.tokens, ", batch = ", wanted.shape.batch, "; both start at 1");
+    return invalid_argument("tokens = ", wanted.shape.tokens, ", batch = ", wanted.shape.batch,
+                            "; both start at 1");
   EVERLONG_ASSIGN(const Operator* op, find_operator(wanted));
   EVERLONG_ASSIGN(const auto form, find_form(*op, wanted, wanted.form));
   OpBenchResult result;
@@ -158,8 +180,9 @@ Result<OpBenchResult> bench_op(const OpBenchCase& wanted, const Ceilings& ceilin
   record["commit"] = build_info::kCommit;
   record["machine"] = machine_name(wanted.device);
   if (!gate.passed()) {
-    record["error"] = cat(gate.worst, " is off by ", gate.max_rel_error, " of its largest value; allowed ",
-                          gate.allowed, ". A wrong result has no speed");
+    record["error"] =
+        cat(gate.worst, " is off by ", gate.max_rel_error, " of its largest value; allowed ",
+            gate.allowed, ". A wrong result has no speed");
     return result;
   }
 
@@ -189,7 +212,8 @@ Result<OpBenchResult> bench_op(const OpBenchCase& wanted, const Ceilings& ceilin
   record["flops"] = cost.flops;
   record["bytes_ceiling"] = ceilings.bytes;
   record["flops_ceiling"] = ceilings.flops;
-  record["fraction_of_ceiling"] = std::max(cost.flops / ceilings.flops, cost.bytes / ceilings.bytes) / seconds;
+  record["fraction_of_ceiling"] =
+      std::max(cost.flops / ceilings.flops, cost.bytes / ceilings.bytes) / seconds;
   result.passed = true;
   return result;
 }

@@ -9,11 +9,12 @@ namespace everlong {
 
 struct OpBenchCase {
   std::string mechanism = "lightning";
-  std::string kind;             // an operator of the mechanism; empty: its first one over sequences
-  std::string form = "auto";    // "auto": the kernel of the device where there is one, else composite
+  std::string kind;           // an operator of the mechanism; empty: its first one over sequences
+  std::string form = "auto";  // "auto": the kernel of the device where there is one, else composite
   // "forward"; "train": forward and backward; "step": one token after `shape.tokens` tokens.
   std::string pass = "forward";
-  std::string baseline = "composite";  // "composite", "naive", "sdpa" (torch's softmax attention, same shapes), "none"
+  std::string baseline =
+      "composite";  // "composite", "naive", "sdpa" (torch's softmax attention, same shapes), "none"
   at::Device device = at::kCPU;
   at::ScalarType dtype = at::kFloat;
   OpShape shape;
@@ -27,8 +28,8 @@ struct Ceilings {
 Ceilings measure_ceilings(at::Device device, at::ScalarType dtype);
 
 struct OpBenchResult {
-  bool passed = false;             // false: `record` holds "error" and no speeds
-  nlohmann::ordered_json record;   // docs/benchmarks.md lists the fields
+  bool passed = false;            // false: `record` holds "error" and no speeds
+  nlohmann::ordered_json record;  // docs/benchmarks.md lists the fields
 };
 // Fails on wrong usage: unknown names, a shape that the operator refuses.
 Result<OpBenchResult> bench_op(const OpBenchCase& wanted, const Ceilings& ceilings);

@@ -30,10 +30,12 @@ void PositionBuckets::add(std::int64_t position, std::span<const std::int32_t> i
       begin = end;
       end *= kGrowth;
     }
-    const auto count = static_cast<std::size_t>(std::min<std::int64_t>(end - position, std::ssize(ids)));
+    const auto count =
+        static_cast<std::size_t>(std::min<std::int64_t>(end - position, std::ssize(ids)));
     auto found = std::ranges::find(buckets_, begin, &PositionBucket::begin);
     if (found == buckets_.end()) {
-      found = std::ranges::find_if(buckets_, [&](const PositionBucket& bucket) { return bucket.begin > begin; });
+      found = std::ranges::find_if(
+          buckets_, [&](const PositionBucket& bucket) { return bucket.begin > begin; });
       found = buckets_.insert(found, PositionBucket{.begin = begin, .end = end});
     }
     for (std::size_t i = 0; i < count; ++i) {
@@ -61,14 +63,17 @@ PositionBucket PositionBuckets::total() const {
   return sum;
 }
 
-Result<PerplexityReport> perplexity(Stream& stream, const TokenSource& source, const Tokenizer& tokenizer,
-                                    const PerplexityOptions& options, const ProgressFunction& progress) {
-  if (options.feed < 1) return invalid_argument("feed = ", options.feed, "; at least 1 token is fed at a time");
+Result<PerplexityReport> perplexity(Stream& stream, const TokenSource& source,
+                                    const Tokenizer& tokenizer, const PerplexityOptions& options,
+                                    const ProgressFunction& progress) {
+  if (options.feed < 1)
+    return invalid_argument("feed = ", options.feed, "; at least 1 token is fed at a time");
   if (options.max_tokens < 0 || options.reset_every < 0)
     return invalid_argument("token counts must not be negative; 0 means all, or never");
   const std::int64_t tokens =
       options.max_tokens > 0 ? std::min(options.max_tokens, source.tokens()) : source.tokens();
-  if (tokens < 2) return invalid_argument("the text has ", tokens, " tokens; at least 2 are needed");
+  if (tokens < 2)
+    return invalid_argument("the text has ", tokens, " tokens; at least 2 are needed");
 
   const auto start = std::chrono::steady_clock::now();
   PerplexityReport report;
@@ -78,7 +83,8 @@ Result<PerplexityReport> perplexity(Stream& stream, const TokenSource& source, c
   for (std::int64_t done = 0; done < tokens;) {
     std::int64_t end = std::min(done + options.feed, tokens);
     if (options.reset_at_documents) end = std::min(end, source.document_end(done));
-    if (options.reset_every > 0) end = std::min(end, (done / options.reset_every + 1) * options.reset_every);
+    if (options.reset_every > 0)
+      end = std::min(end, (done / options.reset_every + 1) * options.reset_every);
     ids.resize(static_cast<std::size_t>(end - done));
     EVERLONG_RETURN_IF_ERROR(source.read(done, ids));
     const std::int64_t position = stream.position();
@@ -86,7 +92,8 @@ Result<PerplexityReport> perplexity(Stream& stream, const TokenSource& source, c
     buckets.add(position, ids, log_probabilities, tokenizer);
     const bool document_ended = options.reset_at_documents && end == source.document_end(done);
     done = end;
-    if (done < tokens && (document_ended || (options.reset_every > 0 && done % options.reset_every == 0))) {
+    if (done < tokens &&
+        (document_ended || (options.reset_every > 0 && done % options.reset_every == 0))) {
       stream.reset();
       ++report.resets;
     }

@@ -9,7 +9,8 @@
 
 namespace everlong {
 
-// Sums over the tokens whose position in the stream (tokens since it began or was reset) lies in [begin, end).
+// Sums over the tokens whose position in the stream (tokens since it began or was reset) lies in
+// [begin, end).
 struct PositionBucket {
   std::int64_t begin = 0, end = 0;
   std::int64_t tokens = 0;  // predicted ones: the first token of a fresh stream is not
@@ -17,17 +18,18 @@ struct PositionBucket {
   double nats = 0;          // -sum of ln p(token | all before)
 
   double nats_per_token() const { return tokens > 0 ? nats / static_cast<double>(tokens) : 0; }
-  // All nats, those of end-of-document tokens too, over the bytes of text: comparable between tokenizers and with
-  // compressors.
+  // All nats, those of end-of-document tokens too, over the bytes of text: comparable between
+  // tokenizers and with compressors.
   double bits_per_byte() const;
 };
 
-// Buckets 0-1K, 1K-4K, 4K-16K, ...: each four times as far as the one before. Empty ones are left out of buckets().
+// Buckets 0-1K, 1K-4K, 4K-16K, ...: each four times as far as the one before. Empty ones are left
+// out of buckets().
 class PositionBuckets {
  public:
   // ln p of each id, whose first one is at `position`. NaN means: not predicted.
-  void add(std::int64_t position, std::span<const std::int32_t> ids, std::span<const float> log_probabilities,
-           const Tokenizer& tokenizer);
+  void add(std::int64_t position, std::span<const std::int32_t> ids,
+           std::span<const float> log_probabilities, const Tokenizer& tokenizer);
   const std::vector<PositionBucket>& buckets() const { return buckets_; }
   PositionBucket total() const;  // from 0 to the end of the last bucket
 
@@ -51,9 +53,11 @@ struct PerplexityReport {
 
 using ProgressFunction = std::function<void(std::int64_t done)>;
 
-// Resets the stream, then scores the source through it. `progress` (may be empty) hears the tokens done so far.
-Result<PerplexityReport> perplexity(Stream& stream, const TokenSource& source, const Tokenizer& tokenizer,
-                                    const PerplexityOptions& options, const ProgressFunction& progress);
+// Resets the stream, then scores the source through it. `progress` (may be empty) hears the tokens
+// done so far.
+Result<PerplexityReport> perplexity(Stream& stream, const TokenSource& source,
+                                    const Tokenizer& tokenizer, const PerplexityOptions& options,
+                                    const ProgressFunction& progress);
 
 nlohmann::ordered_json to_json(const PerplexityReport& report);
 nlohmann::ordered_json to_json(const std::vector<PositionBucket>& buckets);

@@ -82,19 +82,23 @@ class OverText : public testing::Test {
 TEST_F(OverText, PerplexityDoesNotDependOnTheFeedAndResetsWhereAsked) {
   const auto whole = measure({});
   EXPECT_EQ(whole.total.tokens, 2999);
-  EXPECT_NEAR(measure({.feed = 7}).total.nats, whole.total.nats, 1e-3) << "fp32 scores of a double model";
+  EXPECT_NEAR(measure({.feed = 7}).total.nats, whole.total.nats, 1e-3)
+      << "fp32 scores of a double model";
   const auto reset = measure({.feed = 64, .reset_every = 100});
   EXPECT_EQ(reset.resets, 29);
   EXPECT_EQ(reset.total.tokens, 2970);
   EXPECT_EQ(reset.buckets.size(), 1u);
-  EXPECT_GT(std::abs(reset.total.nats_per_token() - whole.total.nats_per_token()), 1e-3) << "forgetting changed nothing";
+  EXPECT_GT(std::abs(reset.total.nats_per_token() - whole.total.nats_per_token()), 1e-3)
+      << "forgetting changed nothing";
   EXPECT_EQ(measure({.max_tokens = 500}).total.tokens, 499);
 }
 
-// The stream that is measured is the stream that predicts: same scores, and bytes of state as the stream says.
+// The stream that is measured is the stream that predicts: same scores, and bytes of state as the
+// stream says.
 TEST_F(OverText, StreamingMeasuresTheStreamItself) {
   Stream stream(model_, 512);
-  const StreamingOptions options{.tokens = 3000, .feed = 128, .marks = {100, 1000, 9999}, .rounds = 1};
+  const StreamingOptions options{
+      .tokens = 3000, .feed = 128, .marks = {100, 1000, 9999}, .rounds = 1};
   const auto report = measure_streaming(stream, *source_, *tokenizer_, options, {});
   ASSERT_TRUE(report.ok()) << report.status().message();
   EXPECT_NEAR(report->total.nats, measure({}).total.nats, 1e-3);

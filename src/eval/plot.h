@@ -10,7 +10,7 @@ namespace everlong {
 struct Series {
   std::string name;
   std::vector<std::pair<double, double>> points = {};  // (x, y); a non-finite y breaks the line
-  bool markers = false;                           // dots on the points: for few, measured points
+  bool markers = false;  // dots on the points: for few, measured points
 };
 
 // A horizontal line across the plot, with its name written on it: a baseline.
@@ -23,13 +23,13 @@ struct Plot {
   std::string title = {}, x_label = {}, y_label = {};
   std::vector<Series> series = {};
   std::vector<Level> levels = {};
-  bool log_x = false;           // points with x <= 0 are left out
-  bool from_zero = false;       // the y axis starts at 0, so that lengths can be compared
-  bool bytes = false;           // y in KiB, MiB, ...
+  bool log_x = false;      // points with x <= 0 are left out
+  bool from_zero = false;  // the y axis starts at 0, so that lengths can be compared
+  bool bytes = false;      // y in KiB, MiB, ...
 };
 
-// One <svg>, 700 wide, scaling with its container. Colours come from the classes and variables of plot_style(), which
-// follow the reader's light or dark theme.
+// One <svg>, 700 wide, scaling with its container. Colours come from the classes and variables of
+// plot_style(), which follow the reader's light or dark theme.
 std::string svg(const Plot& plot);
 std::string_view plot_style();  // CSS, once a page
 

@@ -25,12 +25,13 @@ TEST(Plot, TickTextHasTheDigitsThatTheStepNeeds) {
 
 TEST(Plot, HoldsNamesEscapedAndNothingThatIsNoNumber) {
   const double nan = std::nan("");
-  const Plot plot{.title = "a < b & \"c\"",
-                  .x_label = "x",
-                  .y_label = "y",
-                  .series = {{"first", {{0, 1}, {10, nan}, {100, 2}}}, {"<second>", {{1, 5}, {1000, 6}}, true}},
-                  .levels = {{"level", 3}},
-                  .log_x = true};
+  const Plot plot{
+      .title = "a < b & \"c\"",
+      .x_label = "x",
+      .y_label = "y",
+      .series = {{"first", {{0, 1}, {10, nan}, {100, 2}}}, {"<second>", {{1, 5}, {1000, 6}}, true}},
+      .levels = {{"level", 3}},
+      .log_x = true};
   const std::string text = svg(plot);
   EXPECT_NE(text.find("a &lt; b &amp; &quot;c&quot;"), std::string::npos);
   EXPECT_NE(text.find("&lt;second&gt;"), std::string::npos);
@@ -49,7 +50,8 @@ TEST(Plot, SaysSoWhenThereIsNothingToShow) {
 
 TEST(Plot, OnePointAndConstantValuesAreDrawn) {
   for (const bool bytes : {false, true}) {
-    const std::string text = svg({.title = "flat", .series = {{"s", {{5, 7}}, true}}, .log_x = true, .bytes = bytes});
+    const std::string text =
+        svg({.title = "flat", .series = {{"s", {{5, 7}}, true}}, .log_x = true, .bytes = bytes});
     EXPECT_EQ(text.find("nan"), std::string::npos) << text;
     EXPECT_EQ(text.find("inf"), std::string::npos) << text;
     EXPECT_NE(text.find("<circle"), std::string::npos);

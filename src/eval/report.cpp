@@ -27,21 +27,26 @@ Result<ordered_json> read_optional(const fs::path& path) {
 }
 
 double number(const ordered_json& object, const char* key) {
-  return object.is_object() && object.contains(key) && object.at(key).is_number() ? object.at(key).get<double>()
-                                                                                 : std::nan("");
+  return object.is_object() && object.contains(key) && object.at(key).is_number()
+             ? object.at(key).get<double>()
+             : std::nan("");
 }
 
 std::string word(const ordered_json& object, const char* key) {
-  return object.is_object() && object.contains(key) && object.at(key).is_string() ? object.at(key).get<std::string>()
-                                                                                 : "";
+  return object.is_object() && object.contains(key) && object.at(key).is_string()
+             ? object.at(key).get<std::string>()
+             : "";
 }
 
 const ordered_json& list(const ordered_json& object, const char* key) {
   static const ordered_json kEmpty = ordered_json::array();
-  return object.is_object() && object.contains(key) && object.at(key).is_array() ? object.at(key) : kEmpty;
+  return object.is_object() && object.contains(key) && object.at(key).is_array() ? object.at(key)
+                                                                                 : kEmpty;
 }
 
-std::string whole(double value) { return with_commas(static_cast<std::int64_t>(std::llround(value))); }
+std::string whole(double value) {
+  return with_commas(static_cast<std::int64_t>(std::llround(value)));
+}
 
 struct Run {
   fs::path folder;
@@ -54,11 +59,14 @@ Result<Run> read_run(const fs::path& folder) {
   run.folder = folder;
   const auto log = read_file(folder / kLogFile, kMostLogBytes);
   if (!log.ok())
-    return log.status().at(cat(folder.string(), ": no training log, so this is not a run folder; make one with: "
-                                                "everlong train RUN.toml --out ", folder.string()));
+    return log.status().at(cat(folder.string(),
+                               ": no training log, so this is not a run folder; make one with: "
+                               "everlong train RUN.toml --out ",
+                               folder.string()));
   std::istringstream lines(*log);
   for (std::string line; std::getline(lines, line);)
-    if (auto entry = ordered_json::parse(line, nullptr, false); entry.is_object()) run.log.push_back(std::move(entry));
+    if (auto entry = ordered_json::parse(line, nullptr, false); entry.is_object())
+      run.log.push_back(std::move(entry));
   EVERLONG_ASSIGN(run.config, read_optional(folder / "model" / "config.json"));
   EVERLONG_ASSIGN(run.train, read_optional(folder / kTrainFile));
   EVERLONG_ASSIGN(run.baselines, read_optional(folder / kBaselinesFile));
@@ -68,7 +76,8 @@ Result<Run> read_run(const fs::path& folder) {
   return run;
 }
 
-// Bits per byte of the model on held-out text: of the stream when it was scored, else of the perplexity run.
+// Bits per byte of the model on held-out text: of the stream when it was scored, else of the
+// perplexity run.
 double model_bits(const Run& run) {
   const double streamed = number(run.streaming, "bits_per_byte");
   return std::isfinite(streamed) ? streamed : number(run.perplexity, "bits_per_byte");
@@ -85,7 +94,8 @@ std::vector<Bar> bars(const Run& run) {
   for (const auto& entry : list(run.baselines, "baselines"))
     if (const double bits = number(entry, "bits_per_byte"); std::isfinite(bits))
       out.push_back({word(entry, "name"), bits, false});
-  if (const double bits = model_bits(run); std::isfinite(bits)) out.push_back({"this model", bits, true});
+  if (const double bits = model_bits(run); std::isfinite(bits))
+    out.push_back({"this model", bits, true});
   std::ranges::sort(out, [](const Bar& a, const Bar& b) { return a.bits > b.bits; });
   return out;
 }
@@ -105,17 +115,21 @@ std::string bits_table(const Run& run) {
   if (all.empty()) return "";
   std::string out = "<h2>Held-out text, bits per byte</h2>\n<div class=\"bars\">";
   for (const auto& bar : all)
-    out += cat("<span>", html_escape(bar.name), "</span><span class=\"track\"><i", bar.ours ? " class=\"ours\"" : "",
+    out += cat("<span>", html_escape(bar.name), "</span><span class=\"track\"><i",
+               bar.ours ? " class=\"ours\"" : "",
                " style=\"width:", fixed(100 * bar.bits / all.front().bits, 1), "%\"></i></span><b>",
                fixed(bar.bits, 3), "</b>");
-  return out + "</div>\n<p>Fewer is better; 8 would be no knowledge at all. All read the same held-out bytes.</p>\n";
+  return out +
+         "</div>\n<p>Fewer is better; 8 would be no knowledge at all. All read the same held-out "
+         "bytes.</p>\n";
 }
 
 std::string loss_figure(const Run& run) {
   Plot plot{.title = "Loss", .x_label = "step", .y_label = "nats per token"};
   Series train{.name = "training"}, valid{.name = "held out", .markers = true};
   for (const auto& entry : run.log) {
-    const double step = number(entry, "step"), loss = number(entry, "loss"), held_out = number(entry, "valid_loss");
+    const double step = number(entry, "step"), loss = number(entry, "loss"),
+                 held_out = number(entry, "valid_loss");
     if (std::isfinite(loss)) train.points.emplace_back(step, loss);
     if (std::isfinite(held_out)) valid.points.emplace_back(step, held_out);
   }
@@ -128,20 +142,26 @@ std::string position_figure(const Run& run) {
   const bool streamed = !list(run.streaming, "buckets").empty();
   const auto& buckets = list(streamed ? run.streaming : run.perplexity, "buckets");
   if (buckets.empty()) return "";
-  Plot plot{.title = "Bits per byte by position in the stream", .x_label = "tokens read before", .y_label = "bits per byte",
+  Plot plot{.title = "Bits per byte by position in the stream",
+            .x_label = "tokens read before",
+            .y_label = "bits per byte",
             .log_x = true};
   Series model{.name = "this model", .markers = true};
   for (const auto& bucket : buckets) {
     // The middle of the bucket on the logarithmic axis; the first one starts at 0.
     const double begin = std::max(number(bucket, "begin"), 64.0);
-    const double end = std::min(number(bucket, "end"), std::max(number(run.streaming, "tokens"), begin + 1));
-    if (number(bucket, "tokens") > 0) model.points.emplace_back(std::sqrt(begin * end), number(bucket, "bits_per_byte"));
+    const double end =
+        std::min(number(bucket, "end"), std::max(number(run.streaming, "tokens"), begin + 1));
+    if (number(bucket, "tokens") > 0)
+      model.points.emplace_back(std::sqrt(begin * end), number(bucket, "bits_per_byte"));
   }
   plot.series.push_back(std::move(model));
   for (const auto& bar : bars(run))
     if (!bar.ours) plot.levels.push_back({bar.name, bar.bits});
-  return figure(plot, "Buckets four times as long as the one before. Flat to the right: what the model knows does not "
-                      "wear off as the stream grows.");
+  return figure(
+      plot,
+      "Means over buckets, each four times as long as the one before. A line that does not rise to "
+      "the right: the stream may go on. How hard the text is differs from bucket to bucket.");
 }
 
 std::string streaming_figures(const Run& run) {
@@ -158,17 +178,36 @@ std::string streaming_figures(const Run& run) {
   for (const auto& mark : list(run.streaming, "marks"))
     if (std::isfinite(number(mark, "tokens_per_second")))
       timed.points.emplace_back(number(mark, "tokens"), number(mark, "tokens_per_second"));
-  Plot speed{.title = "Speed by position in the stream", .x_label = "tokens read before", .y_label = "tokens per second",
-             .series = {observed}, .log_x = true, .from_zero = true};
+  Plot speed{.title = "Speed by position in the stream",
+             .x_label = "tokens read before",
+             .y_label = "tokens per second",
+             .series = {observed},
+             .log_x = true,
+             .from_zero = true};
   if (!timed.points.empty()) speed.series.push_back(timed);
-  const Plot memory{.title = "Memory of the process by position", .x_label = "tokens read before", .y_label = "bytes",
-                    .series = {resident}, .log_x = true, .from_zero = true, .bytes = true};
-  const Plot carried{.title = "State by position: all that the model remembers", .x_label = "tokens read before",
-                     .y_label = "bytes", .series = {state}, .log_x = true, .from_zero = true, .bytes = true};
-  return figure(speed, "The line is the stream as it went, with whatever else the machine did. The dots time the same "
-                       "feed from copies of the stream at each mark, taking turns, median of several rounds.") +
-         figure(memory, "Resident memory: program, libraries, weights, buffers, and the text as it is read.") +
-         figure(carried, "One matrix per head and layer where the mechanism's state is bounded; softmax layers grow.");
+  const Plot memory{.title = "Memory of the process by position",
+                    .x_label = "tokens read before",
+                    .series = {resident},
+                    .log_x = true,
+                    .from_zero = true,
+                    .bytes = true};
+  const Plot carried{.title = "State by position: all that the model remembers",
+                     .x_label = "tokens read before",
+                     .series = {state},
+                     .log_x = true,
+                     .from_zero = true,
+                     .bytes = true};
+  return figure(speed,
+                "The line is the stream as it went, with whatever else the machine did. The dots "
+                "time the same "
+                "feed from copies of the stream at each mark, taking turns, median of several "
+                "rounds.") +
+         figure(
+             memory,
+             "Resident memory: program, libraries, weights, buffers, and the text as it is read.") +
+         figure(carried,
+                "One matrix per head and layer where the mechanism's state is bounded; softmax "
+                "layers grow.");
 }
 
 std::string marks_table(const Run& run) {
@@ -178,8 +217,9 @@ std::string marks_table(const Run& run) {
                     row({"tokens", "tokens/s", "as it streamed", "state", "resident memory"}, "th");
   for (const auto& mark : marks) {
     const double timed = number(mark, "tokens_per_second");
-    out += row({whole(number(mark, "tokens")), std::isfinite(timed) ? whole(timed) : "", whole(number(mark, "observed")),
-                human_bytes(number(mark, "state_bytes")), human_bytes(number(mark, "resident_bytes"))});
+    out += row({whole(number(mark, "tokens")), std::isfinite(timed) ? whole(timed) : "",
+                whole(number(mark, "observed")), human_bytes(number(mark, "state_bytes")),
+                human_bytes(number(mark, "resident_bytes"))});
   }
   return out + "</table>\n";
 }
@@ -188,7 +228,8 @@ std::string sample_section(const Run& run) {
   if (word(run.sample, "text").empty()) return "";
   return cat("<h2>A continuation</h2>\n<p>The model's own words at temperature ",
              fixed(number(run.sample, "temperature"), 1), "; the prompt is in bold.</p>\n<pre><b>",
-             html_escape(word(run.sample, "prompt")), "</b>", html_escape(word(run.sample, "text")), "</pre>\n");
+             html_escape(word(run.sample, "prompt")), "</b>", html_escape(word(run.sample, "text")),
+             "</pre>\n");
 }
 
 std::string layers_text(const ordered_json& config) {
@@ -218,11 +259,14 @@ std::string facts(const Run& run) {
   add("steps", count(run.train, "steps"));
   add("tokens trained on", count(run.train, "tokens"));
   if (const double seconds = number(run.train, "seconds"); std::isfinite(seconds))
-    add("training", cat(human_duration(seconds), ", ", count(run.train, "tokens_per_second"), " tokens/s"));
+    add("training",
+        cat(human_duration(seconds), ", ", count(run.train, "tokens_per_second"), " tokens/s"));
   const auto& where = run.streaming.is_object() ? run.streaming : run.train;
-  add("device", cat(word(where, "device"), word(where, "dtype").empty() ? "" : ", ", word(where, "dtype")));
+  add("device",
+      cat(word(where, "device"), word(where, "dtype").empty() ? "" : ", ", word(where, "dtype")));
   add("machine", cat(word(where, "machine"), std::isfinite(number(where, "threads"))
-                                                 ? cat(", ", count(where, "threads"), " threads") : ""));
+                                                 ? cat(", ", count(where, "threads"), " threads")
+                                                 : ""));
   add("commit", word(where, "commit"));
   return out + "</table>\n";
 }
@@ -230,29 +274,42 @@ std::string facts(const Run& run) {
 std::string missing(const Run& run) {
   std::string out;
   const std::string model = (run.folder / "model").string();
-  const auto hint = [&](bool there, const std::string& what, const std::string& command, const char* file) {
-    if (!there) out += cat("<li>", what, ": <code>", html_escape(cat(command, " --save ", (run.folder / file).string())), "</code></li>");
+  const auto hint = [&](bool there, const std::string& what, const std::string& command,
+                        const char* file) {
+    if (!there)
+      out +=
+          cat("<li>", what, ": <code>",
+              html_escape(cat(command, " --save ", (run.folder / file).string())), "</code></li>");
   };
-  hint(run.streaming.is_object(), "speed and memory by position", cat("everlong stream --model ", model, " --data DATA"),
-       kStreamingFile);
-  hint(run.baselines.is_object(), "baselines", "everlong eval baselines --data DATA", kBaselinesFile);
-  hint(run.sample.is_object(), "a continuation", cat("everlong generate --model ", model, " --prompt TEXT"), kSampleFile);
+  hint(run.streaming.is_object(), "speed and memory by position",
+       cat("everlong stream --model ", model, " --data DATA"), kStreamingFile);
+  hint(run.baselines.is_object(), "baselines", "everlong eval baselines --data DATA",
+       kBaselinesFile);
+  hint(run.sample.is_object(), "a continuation",
+       cat("everlong generate --model ", model, " --prompt TEXT"), kSampleFile);
   return out.empty() ? "" : cat("<h2>Not measured yet</h2>\n<ul>", out, "</ul>\n");
 }
 
 constexpr const char* kPageStyle = R"(
-body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 760px; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p, figcaption { color: var(--soft); } figure { margin: 1.6rem 0; } figcaption { font-size: 13px; margin-top: .2rem; }
+body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
+  max-width: 760px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p, figcaption { color: var(--soft); }
+figure { margin: 1.6rem 0; }
+figcaption { font-size: 13px; margin-top: .2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--rule); text-align: right; }
-th { color: var(--soft); font-weight: 500; } .facts td { text-align: left; } .facts td:first-child { color: var(--soft); }
-pre { border: 1px solid var(--rule); border-radius: 6px; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 13px/1.45 ui-monospace, monospace; }
+th { color: var(--soft); font-weight: 500; }
+.facts td { text-align: left; }
+.facts td:first-child { color: var(--soft); }
+pre { border: 1px solid var(--rule); border-radius: 6px; padding: .8rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; }
 code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .35rem .8rem; align-items: center; }
-.track i { display: block; height: 12px; border-radius: 3px; background: var(--axis); } .track i.ours { background: var(--c0); }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .35rem .8rem;
+  align-items: center; }
+.track i { display: block; height: 12px; border-radius: 3px; background: var(--axis); }
+.track i.ours { background: var(--c0); }
 )";
 
 }  // namespace
@@ -261,14 +318,17 @@ Result<std::string> render_report(const fs::path& folder) {
   EVERLONG_ASSIGN(const auto run, read_run(folder));
   const std::string title = cat("Everlong: ", fs::path(folder).lexically_normal().string());
   std::string summary = layers_text(run.config);
-  if (const double bits = model_bits(run); std::isfinite(bits)) summary += cat("; ", fixed(bits, 3), " bits per byte on held-out text");
+  if (const double bits = model_bits(run); std::isfinite(bits))
+    summary += cat("; ", fixed(bits, 3), " bits per byte on held-out text");
   if (const double tokens = number(run.streaming, "tokens"); std::isfinite(tokens))
     summary += cat("; ", whole(tokens), " tokens in one stream");
-  return cat("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
-             "content=\"width=device-width, initial-scale=1\">\n<title>", html_escape(title), "</title>\n<style>",
-             plot_style(), kPageStyle, "</style></head>\n<body>\n<h1>", html_escape(title), "</h1>\n<p>",
-             html_escape(summary), "</p>\n", bits_table(run), marks_table(run), streaming_figures(run),
-             position_figure(run), loss_figure(run), sample_section(run), facts(run), missing(run), "</body></html>\n");
+  return cat(
+      "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
+      "content=\"width=device-width, initial-scale=1\">\n<title>",
+      html_escape(title), "</title>\n<style>", plot_style(), kPageStyle,
+      "</style></head>\n<body>\n<h1>", html_escape(title), "</h1>\n<p>", html_escape(summary),
+      "</p>\n", bits_table(run), marks_table(run), streaming_figures(run), position_figure(run),
+      loss_figure(run), sample_section(run), facts(run), missing(run), "</body></html>\n");
 }
 
 }  // namespace everlong

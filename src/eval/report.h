@@ -6,13 +6,15 @@
 
 namespace everlong {
 
-// Files of a run folder that the report reads; each may be missing, log.jsonl excepted. docs/formats.md.
-inline constexpr const char* kLogFile = "log.jsonl";               // written by training
-inline constexpr const char* kTrainFile = "train.json";            // written by training
-inline constexpr const char* kBaselinesFile = "baselines.json";    // everlong eval baselines --save
-inline constexpr const char* kPerplexityFile = "perplexity.json";  // everlong eval perplexity --save
-inline constexpr const char* kStreamingFile = "streaming.json";    // everlong stream --save
-inline constexpr const char* kSampleFile = "sample.json";          // everlong generate --save
+// Files of a run folder that the report reads; each may be missing, log.jsonl excepted.
+// docs/formats.md.
+inline constexpr const char* kLogFile = "log.jsonl";             // written by training
+inline constexpr const char* kTrainFile = "train.json";          // written by training
+inline constexpr const char* kBaselinesFile = "baselines.json";  // everlong eval baselines --save
+inline constexpr const char* kPerplexityFile =
+    "perplexity.json";                                           // everlong eval perplexity --save
+inline constexpr const char* kStreamingFile = "streaming.json";  // everlong stream --save
+inline constexpr const char* kSampleFile = "sample.json";        // everlong generate --save
 
 // HTML with inline SVG: no scripts, no links to elsewhere, light and dark.
 Result<std::string> render_report(const fs::path& run_folder);

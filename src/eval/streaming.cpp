@@ -9,11 +9,12 @@
 namespace everlong {
 namespace {
 
-constexpr std::size_t kRecentFeeds = 16;    // of which `observed` is the median
-constexpr double kWindowGrowth = 1.1;       // 24 windows a decade
+constexpr std::size_t kRecentFeeds = 16;  // of which `observed` is the median
+constexpr double kWindowGrowth = 1.1;     // 24 windows a decade
 
 // Feeds the tokens one way or the other and waits for the device.
-Result<std::vector<float>> advance(Stream& stream, std::span<const std::int32_t> ids, bool score, at::Device device) {
+Result<std::vector<float>> advance(Stream& stream, std::span<const std::int32_t> ids, bool score,
+                                   at::Device device) {
   std::vector<float> log_probabilities;
   if (score) {
     EVERLONG_ASSIGN(log_probabilities, stream.score(ids));
@@ -25,7 +26,8 @@ Result<std::vector<float>> advance(Stream& stream, std::span<const std::int32_t>
 }
 
 // The same feed from a copy of every stream in turn, each round beginning with another one.
-Result<std::vector<Spread>> time_in_turns(const std::vector<Stream>& streams, std::span<const std::int32_t> ids,
+Result<std::vector<Spread>> time_in_turns(const std::vector<Stream>& streams,
+                                          std::span<const std::int32_t> ids,
                                           const StreamingOptions& options, at::Device device) {
   std::vector<std::vector<double>> speeds(streams.size());
   for (std::int64_t round = 0; round <= options.rounds; ++round)
@@ -35,7 +37,8 @@ Result<std::vector<Spread>> time_in_turns(const std::vector<Stream>& streams, st
       synchronize(device);
       const Stopwatch watch;
       EVERLONG_ASSIGN(const auto ignored, advance(copy, ids, options.score, device));
-      if (round > 0) speeds[turn].push_back(static_cast<double>(ids.size()) / watch.seconds());  // 0 warms up
+      if (round > 0)
+        speeds[turn].push_back(static_cast<double>(ids.size()) / watch.seconds());  // 0 warms up
     }
   std::vector<Spread> out;
   for (auto& values : speeds) out.push_back(spread(std::move(values)));
@@ -55,9 +58,12 @@ StreamingMark mark_here(const Stream& stream, std::vector<double> recent, at::De
 
 }  // namespace
 
-Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& source, const Tokenizer& tokenizer,
-                                          const StreamingOptions& options, const ProgressFunction& progress) {
-  if (options.feed < 1) return invalid_argument("feed = ", options.feed, "; at least 1 token is fed at a time");
+Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& source,
+                                          const Tokenizer& tokenizer,
+                                          const StreamingOptions& options,
+                                          const ProgressFunction& progress) {
+  if (options.feed < 1)
+    return invalid_argument("feed = ", options.feed, "; at least 1 token is fed at a time");
   if (options.tokens < 2 || options.tokens > source.tokens())
     return invalid_argument("tokens = ", options.tokens, ", but the text has ", source.tokens(),
                             "; ask for 2 to that many");
@@ -95,14 +101,16 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
     const double seconds = watch.seconds();
     if (options.score) buckets.add(done, ids, log_probabilities, tokenizer);
     // Feeds cut short by a mark pay their fixed cost over few tokens: they say little about speed.
-    if (end - done == options.feed || recent.empty()) recent.push_back(static_cast<double>(end - done) / seconds);
+    if (end - done == options.feed || recent.empty())
+      recent.push_back(static_cast<double>(end - done) / seconds);
     if (recent.size() > kRecentFeeds) recent.erase(recent.begin());
     done = end;
 
     window.end = done;
     window.seconds += seconds;
     const bool at_mark = next_mark < marks.size() && done == marks[next_mark];
-    if (at_mark || done == options.tokens || static_cast<double>(done) >= kWindowGrowth * static_cast<double>(window.begin)) {
+    if (at_mark || done == options.tokens ||
+        static_cast<double>(done) >= kWindowGrowth * static_cast<double>(window.begin)) {
       window.state_bytes = stream.state_bytes();
       window.resident_bytes = resident_bytes();
       report.windows.push_back(window);
@@ -126,7 +134,8 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
 }
 
 nlohmann::ordered_json to_json(const StreamingReport& report) {
-  nlohmann::ordered_json out = {{"tokens", report.tokens}, {"feed", report.feed}, {"seconds", report.seconds}};
+  nlohmann::ordered_json out = {
+      {"tokens", report.tokens}, {"feed", report.feed}, {"seconds", report.seconds}};
   if (report.total.tokens > 0) out["bits_per_byte"] = report.total.bits_per_byte();
   out["marks"] = nlohmann::ordered_json::array();
   for (const auto& mark : report.marks) {
@@ -145,11 +154,12 @@ nlohmann::ordered_json to_json(const StreamingReport& report) {
   }
   out["windows"] = nlohmann::ordered_json::array();
   for (const auto& window : report.windows)
-    out["windows"].push_back({{"begin", window.begin},
-                              {"end", window.end},
-                              {"tokens_per_second", static_cast<double>(window.end - window.begin) / window.seconds},
-                              {"state_bytes", window.state_bytes},
-                              {"resident_bytes", window.resident_bytes}});
+    out["windows"].push_back(
+        {{"begin", window.begin},
+         {"end", window.end},
+         {"tokens_per_second", static_cast<double>(window.end - window.begin) / window.seconds},
+         {"state_bytes", window.state_bytes},
+         {"resident_bytes", window.resident_bytes}});
   out["buckets"] = to_json(report.buckets);
   return out;
 }

@@ -8,11 +8,13 @@ Spread spread(std::vector<double> values) {
   if (values.empty()) return {};
   std::ranges::sort(values);
   const std::size_t middle = values.size() / 2;
-  const double median = values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
+  const double median =
+      values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
   return {median, values.front(), values.back(), std::ssize(values)};
 }
 
-std::vector<Spread> measure_in_turns(const std::vector<std::function<void()>>& works, const Repeats& repeats) {
+std::vector<Spread> measure_in_turns(const std::vector<std::function<void()>>& works,
+                                     const Repeats& repeats) {
   for (const auto& work : works) work();
   std::vector<std::vector<double>> seconds(works.size());
   std::vector<double> sums(works.size(), 0);

@@ -24,13 +24,15 @@ struct Spread {
 Spread spread(std::vector<double> values);
 
 struct Repeats {
-  double min_seconds = 0.5;       // of timed work, each
+  double min_seconds = 0.5;  // of timed work, each
   std::int64_t min_repeats = 5;
-  double enough_seconds = 15;     // after which three repeats will do
+  double enough_seconds = 15;  // after which three repeats will do
 };
 
-// Times works against each other: each once to warm up, then all in turn until each has had its repeats, so that a
-// disturbance falls on all of them. Works must end with the device idle. Seconds a run.
-std::vector<Spread> measure_in_turns(const std::vector<std::function<void()>>& works, const Repeats& repeats = {});
+// Times works against each other: each once to warm up, then all in turn until each has had its
+// repeats, so that a disturbance falls on all of them. Works must end with the device idle. Seconds
+// a run.
+std::vector<Spread> measure_in_turns(const std::vector<std::function<void()>>& works,
+                                     const Repeats& repeats = {});
 
 }  // namespace everlong

@@ -9,7 +9,8 @@ Result<TokenSource> TokenSource::from_text(const fs::path& path, const Tokenizer
   const auto bytes = file.bytes();
   TokenSource source;
   tokenizer.encode({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, source.text_);
-  if (source.text_.empty()) return invalid_argument(path.string(), ": the file is empty; there is nothing to read");
+  if (source.text_.empty())
+    return invalid_argument(path.string(), ": the file is empty; there is nothing to read");
   return source;
 }
 

@@ -219,8 +219,9 @@ TEST(Sampler, GoesOnFromItsSavedTextAsIfNeverStopped) {
 TEST(Sampler, RefusesTextThatNoSamplerSavedAndStaysAsItWas) {
   Sampler sampler(SamplingParams{.seed = 4}), same(SamplingParams{.seed = 4});
   const std::string sound = sampler.save();
-  for (const std::string& text : {std::string(), std::string("x"), std::string("3 1 2"), std::string("99999999999 1"),
-                                  sound + " 1", sound.substr(0, sound.size() / 2)})
+  for (const std::string& text :
+       {std::string(), std::string("x"), std::string("3 1 2"), std::string("99999999999 1"),
+        sound + " 1", sound.substr(0, sound.size() / 2)})
     EXPECT_FALSE(sampler.restore(text).ok()) << text.substr(0, 20);
   const std::vector<float> logits(50, 0.0f);
   for (int i = 0; i < 20; ++i) EXPECT_EQ(*sampler.draw(logits), *same.draw(logits));

@@ -27,12 +27,14 @@ bool driver_present() {
 
 Status open_cuda_library() {
   if (!driver_present())
-    return unsupported("no NVIDIA driver was found on this machine (no /dev/nvidiactl); use --device cpu");
+    return unsupported(
+        "no NVIDIA driver was found on this machine (no /dev/nvidiactl); use --device cpu");
   if (::dlopen(kCudaLibrary, RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     const char* const reason = ::dlerror();
-    return unsupported("the CUDA half of LibTorch cannot be opened: ",
-                       reason != nullptr ? reason : "unknown reason",
-                       ". EVERLONG_TORCH=full make setup installs the libraries it needs; or use --device cpu");
+    return unsupported(
+        "the CUDA half of LibTorch cannot be opened: ",
+        reason != nullptr ? reason : "unknown reason",
+        ". EVERLONG_TORCH=full make setup installs the libraries it needs; or use --device cpu");
   }
   if (!at::globalContext().hasCUDA())
     return unsupported("LibTorch was used before its CUDA half was opened and keeps to the CPU");
@@ -57,7 +59,8 @@ std::string processor_name() {
   return "unknown processor";
 }
 
-// Through the driver's C interface, which torch has loaded by now: torch's own needs its CUDA half at link time.
+// Through the driver's C interface, which torch has loaded by now: torch's own needs its CUDA half
+// at link time.
 std::string gpu_name(int index) {
   using GetDevice = int (*)(int*, int);
   using GetName = int (*)(char*, int, int);
@@ -89,17 +92,20 @@ Result<at::Device> pick_device(std::string_view wish) {
   if (!automatic && wish != "cuda") {
     const auto number = wish.starts_with("cuda:") ? parse_count(wish.substr(5)) : std::nullopt;
     if (!number || *number < 0 || *number > 127)
-      return invalid_argument("device \"", wish, "\" is not known; allowed: auto, cpu, cuda, cuda:0, cuda:1, ...");
+      return invalid_argument("device \"", wish,
+                              "\" is not known; allowed: auto, cpu, cuda, cuda:0, cuda:1, ...");
     index = static_cast<int>(*number);
   }
   const Status loaded = load_cuda_backend();
-  if (!loaded.ok()) return automatic ? Result<at::Device>(at::Device(at::kCPU)) : loaded.at(cat("device ", wish));
+  if (!loaded.ok())
+    return automatic ? Result<at::Device>(at::Device(at::kCPU)) : loaded.at(cat("device ", wish));
   const int count = gpu_count();
   if (automatic && count == 0) return at::Device(at::kCPU);
   if (index >= count)
-    return unsupported("device ", wish, ": this process sees ", count, " GPU", count == 1 ? "" : "s",
-                       count == 0 ? "; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
-                                  : cat("; allowed: cuda:0 to cuda:", count - 1));
+    return unsupported(
+        "device ", wish, ": this process sees ", count, " GPU", count == 1 ? "" : "s",
+        count == 0 ? "; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
+                   : cat("; allowed: cuda:0 to cuda:", count - 1));
   return at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index));
 }
 
@@ -113,17 +119,23 @@ Result<at::ScalarType> pick_dtype(std::string_view wish, at::Device device) {
 
 std::string_view dtype_name(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kFloat: return info(DType::kFloat32).name;
-    case at::kBFloat16: return info(DType::kBFloat16).name;
-    case at::kDouble: return info(DType::kFloat64).name;
-    case at::kHalf: return info(DType::kFloat16).name;
-    default: return c10::toString(dtype);
+    case at::kFloat:
+      return info(DType::kFloat32).name;
+    case at::kBFloat16:
+      return info(DType::kBFloat16).name;
+    case at::kDouble:
+      return info(DType::kFloat64).name;
+    case at::kHalf:
+      return info(DType::kFloat16).name;
+    default:
+      return c10::toString(dtype);
   }
 }
 
 Status set_threads(std::int64_t wanted) {
   if (wanted < 0 || wanted > 1024)
-    return invalid_argument("threads = ", wanted, " is out of range; allowed: 1 to 1024, or 0 for torch's choice");
+    return invalid_argument("threads = ", wanted,
+                            " is out of range; allowed: 1 to 1024, or 0 for torch's choice");
   if (wanted > 0) at::set_num_threads(static_cast<int>(wanted));
   return {};
 }
@@ -143,7 +155,8 @@ std::optional<DeviceMemory> device_memory(at::Device device) {
   auto* const allocator = c10::getDeviceAllocator(device.type());
   if (!allocator->initialized()) return DeviceMemory{};
   const auto stats = allocator->getDeviceStats(device.index());
-  const auto& bytes = stats.allocated_bytes[static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+  const auto& bytes =
+      stats.allocated_bytes[static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
   return DeviceMemory{bytes.current, bytes.peak};
 }
 

@@ -1,8 +1,8 @@
 // The machine that torch runs on: which device, how many threads, how much memory.
 //
-// The program is linked to the CPU half of torch only and starts in a third of a second. The CUDA half is opened when
-// a GPU is asked for. It must come before torch first looks for CUDA: torch remembers that there was none. So every
-// program calls pick_device() before it makes a tensor.
+// The program is linked to the CPU half of torch only and starts in a third of a second. The CUDA
+// half is opened when a GPU is asked for. It must come before torch first looks for CUDA: torch
+// remembers that there was none. So every program calls pick_device() before it makes a tensor.
 #pragma once
 #include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
@@ -17,18 +17,21 @@
 
 namespace everlong {
 
-// Opens libtorch_cuda.so (found through the program's RPATH or LD_LIBRARY_PATH). Succeeds again and again once it did.
+// Opens libtorch_cuda.so (found through the program's RPATH or LD_LIBRARY_PATH). Succeeds again and
+// again once it did.
 Status load_cuda_backend();
 
-// "cpu", "cuda", "cuda:1", or "auto": the first GPU where there is one that works, else the CPU. A wish for CUDA that
-// cannot be met says why and what to do.
+// "cpu", "cuda", "cuda:1", or "auto": the first GPU where there is one that works, else the CPU. A
+// wish for CUDA that cannot be met says why and what to do.
 Result<at::Device> pick_device(std::string_view wish);
 
-// "fp32", "bf16", "fp64", or "auto": bf16 on CUDA, else fp32 (bf16 products are slower than fp32 ones on most CPUs).
+// "fp32", "bf16", "fp64", or "auto": bf16 on CUDA, else fp32 (bf16 products are slower than fp32
+// ones on most CPUs).
 Result<at::ScalarType> pick_dtype(std::string_view wish, at::Device device);
 std::string_view dtype_name(at::ScalarType dtype);  // "fp32"
 
-// Threads of torch's pool, used by kernels and matrix products alike. 0 keeps torch's choice; else 1 to 1024.
+// Threads of torch's pool, used by kernels and matrix products alike. 0 keeps torch's choice; else
+// 1 to 1024.
 Status set_threads(std::int64_t threads);
 int threads();
 
@@ -45,12 +48,12 @@ std::optional<DeviceMemory> device_memory(at::Device device);
 void reset_device_peak(at::Device device);
 
 struct RuntimeInfo {
-  std::string torch;                  // "2.11.0"
-  std::string simd;                   // "AVX512": the widest that torch's CPU kernels use here
-  std::string processor;              // "Intel(R) Xeon(R) ..."
+  std::string torch;      // "2.11.0"
+  std::string simd;       // "AVX512": the widest that torch's CPU kernels use here
+  std::string processor;  // "Intel(R) Xeon(R) ..."
   int threads = 1;
-  std::vector<std::string> gpus;      // names; empty: none, or the CUDA half cannot be opened
-  std::string cuda_trouble;           // why a GPU that seems to be there cannot be used; empty otherwise
+  std::vector<std::string> gpus;  // names; empty: none, or the CUDA half cannot be opened
+  std::string cuda_trouble;  // why a GPU that seems to be there cannot be used; empty otherwise
 };
 RuntimeInfo runtime_info();
 // The machine in a few words, for benchmark records: the GPU's name, or the processor's.

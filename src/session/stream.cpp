@@ -1,6 +1,7 @@
 #include "session/stream.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +15,13 @@ namespace {
 // Logits of score() are held for this many numbers at a time, 16 MiB of fp32, whatever the
 // vocabulary.
 constexpr std::int64_t kScoreElements = std::int64_t{1} << 22;
+
+// Without gradients, and past the dispatch of autograd altogether: that is a seventh of a decode
+// step. Not InferenceMode: what a layer caches here must stay usable in training.
+struct WithoutAutograd {
+  at::NoGradGuard off;
+  at::AutoDispatchBelowADInplaceOrView below;
+};
 
 // log softmax(logits)[token], in double.
 float log_probability(std::span<const float> logits, std::int32_t token) {
@@ -55,7 +63,7 @@ void Stream::predict(const at::Tensor& hidden_1TD) {
 
 Status Stream::feed(std::span<const std::int32_t> tokens) {
   EVERLONG_RETURN_IF_ERROR(check_tokens(tokens));
-  const at::NoGradGuard off;
+  const WithoutAutograd guard;
   const auto chunk = static_cast<std::size_t>(chunk_);
   while (!tokens.empty()) {
     const auto piece = tokens.first(std::min(tokens.size(), chunk));
@@ -68,7 +76,7 @@ Status Stream::feed(std::span<const std::int32_t> tokens) {
 
 Result<std::vector<float>> Stream::score(std::span<const std::int32_t> tokens) {
   EVERLONG_RETURN_IF_ERROR(check_tokens(tokens));
-  const at::NoGradGuard off;
+  const WithoutAutograd guard;
   const auto chunk = static_cast<std::size_t>(chunk_);
   std::vector<float> scores;
   scores.reserve(tokens.size());

@@ -25,7 +25,8 @@ struct Ran {
 Ran run(std::vector<std::string> command, std::string_view input = {},
         std::vector<std::pair<std::string, std::string>> environment = {}) {
   environment.emplace_back("OMP_WAIT_POLICY", "passive");
-  const auto result = run_process({.command = std::move(command), .environment = std::move(environment), .input = input});
+  const auto result = run_process(
+      {.command = std::move(command), .environment = std::move(environment), .input = input});
   if (!result.ok()) return {-1, "", result.status().message()};
   return {result->exit_code, result->output, result->errors};
 }
@@ -36,9 +37,11 @@ Ran everlong(std::vector<std::string> arguments, std::string_view input = {},
   return run(std::move(arguments), input, std::move(environment));
 }
 
-// Words in an order that a small generator decides: enough structure to be learnt, never the same twice.
+// Words in an order that a small generator decides: enough structure to be learnt, never the same
+// twice.
 std::string words(std::size_t bytes, std::uint32_t seed) {
-  static constexpr const char* kWords[] = {"the ", "stream ", "goes ", "on ", "and ", "never ", "ends. ", "state\n"};
+  static constexpr const char* kWords[] = {"the ", "stream ", "goes ",  "on ",
+                                           "and ", "never ",  "ends. ", "state\n"};
   std::string text;
   while (text.size() < bytes) {
     seed = seed * 1664525 + 1013904223;
@@ -80,7 +83,8 @@ class Cli : public testing::Test {
     for (std::uint32_t i = 0; i < 12; ++i)
       ASSERT_TRUE(write_file(folder / "text" / cat(i, ".txt"), words(3000 + 100 * i, i)).ok());
     ASSERT_TRUE(write_file(folder / "run.toml", kRun).ok());
-    const Ran prepared = everlong({"data", "prepare", path("text"), "--out", path("tokens"), "--valid-fraction", "0.3", "--json"});
+    const Ran prepared = everlong({"data", "prepare", path("text"), "--out", path("tokens"),
+                                   "--valid-fraction", "0.3", "--json"});
     ASSERT_EQ(prepared.code, 0) << prepared.err;
     trained = train({});
     ASSERT_EQ(trained.code, 0) << trained.err;
@@ -93,14 +97,16 @@ class Cli : public testing::Test {
   static std::string path(const std::string& name) { return (folder / name).string(); }
 
   static Ran train(std::vector<std::string> more, const std::string& out = "run") {
-    std::vector<std::string> arguments = {"train", path("run.toml"), "--set", "data.path=" + path("tokens"),
-                                          "--out", path(out),        "--json"};
+    std::vector<std::string> arguments = {
+        "train", path("run.toml"), "--set", "data.path=" + path("tokens"),
+        "--out", path(out),        "--json"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     return everlong(std::move(arguments));
   }
 
   static Ran generate(std::vector<std::string> more, std::string_view input = {}) {
-    std::vector<std::string> arguments = {"generate", "--model", path("run"), "--device", "cpu", "--threads", "1"};
+    std::vector<std::string> arguments = {"generate", "--model",   path("run"), "--device",
+                                          "cpu",      "--threads", "1"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     return everlong(std::move(arguments), input);
   }
@@ -111,8 +117,10 @@ class Cli : public testing::Test {
 
 TEST_F(Cli, HelpGoesToStdoutAndShowsAnExampleForEveryCommand) {
   const std::vector<std::vector<std::string>> commands = {
-      {}, {"data", "fetch"}, {"data", "prepare"}, {"data", "info"}, {"train"}, {"generate"}, {"eval", "perplexity"},
-      {"eval", "baselines"}, {"stream"}, {"bench", "op"}, {"bench", "model"}, {"info"}, {"report"}};
+      {},         {"data", "fetch"}, {"data", "prepare"},    {"data", "info"},
+      {"train"},  {"generate"},      {"eval", "perplexity"}, {"eval", "baselines"},
+      {"stream"}, {"bench", "op"},   {"bench", "model"},     {"info"},
+      {"report"}};
   for (auto command : commands) {
     const std::string name = join(command, " ");
     command.push_back("--help");
@@ -132,9 +140,14 @@ TEST_F(Cli, VersionNamesCommitTorchAndCuda) {
 }
 
 TEST_F(Cli, WrongUsageExitsWithTwoAndSaysSoOnStderr) {
-  const std::vector<std::vector<std::string>> wrong = {
-      {}, {"nonsense"}, {"train"}, {"info", "--nonsense"}, {"generate", "--model"}, {"bench", "op", "--lengths", "12x"},
-      {"bench", "op", "--pass", "sideways"}, {"eval"}};
+  const std::vector<std::vector<std::string>> wrong = {{},
+                                                       {"nonsense"},
+                                                       {"train"},
+                                                       {"info", "--nonsense"},
+                                                       {"generate", "--model"},
+                                                       {"bench", "op", "--lengths", "12x"},
+                                                       {"bench", "op", "--pass", "sideways"},
+                                                       {"eval"}};
   for (const auto& command : wrong) {
     const Ran ran = everlong(command);
     EXPECT_EQ(ran.code, 2) << join(command, " ") << ": " << ran.err;
@@ -153,8 +166,10 @@ TEST_F(Cli, FailureExitsWithOne) {
 }
 
 TEST_F(Cli, OptionsComeFromTheEnvironmentAndTheCommandLineWins) {
-  const std::vector<std::string> arguments = {"generate", "--model", path("run"), "--prompt", "the", "--past-end", "--json"};
-  const std::vector<std::pair<std::string, std::string>> environment = {{"EVERLONG_MAX_TOKENS", "3"}, {"EVERLONG_DEVICE", "cpu"}};
+  const std::vector<std::string> arguments = {"generate", "--model",    path("run"), "--prompt",
+                                              "the",      "--past-end", "--json"};
+  const std::vector<std::pair<std::string, std::string>> environment = {
+      {"EVERLONG_MAX_TOKENS", "3"}, {"EVERLONG_DEVICE", "cpu"}};
   EXPECT_EQ(everlong(arguments, {}, environment).object().value("tokens", -1), 3);
   auto more = arguments;
   more.insert(more.end(), {"--max-tokens", "5"});
@@ -173,15 +188,18 @@ TEST_F(Cli, TrainingLogsEveryStepAndSavesTheModel) {
   int steps = 0;
   for (std::string line; std::getline(lines, line); ++steps) {
     const json entry = json::parse(line, nullptr, false);
-    for (const char* const key : {"step", "loss", "lr", "grad_norm", "tokens", "tok_s", "mem_bytes", "wall_s"})
+    for (const char* const key :
+         {"step", "loss", "lr", "grad_norm", "tokens", "tok_s", "mem_bytes", "wall_s"})
       EXPECT_TRUE(entry.contains(key)) << key << " is missing in " << line;
   }
   EXPECT_EQ(steps, 3);
 }
 
 TEST_F(Cli, TrainingStoppedBySigtermSavesTheModelAndExitsWith143) {
-  const Ran ran = run({"timeout", "--preserve-status", "--signal=TERM", "4", EVERLONG_BINARY, "train", path("run.toml"), "--set",
-                       "data.path=" + path("tokens"), "--set", "train.steps=100000000", "--out", path("stopped")});
+  const Ran ran =
+      run({"timeout", "--preserve-status", "--signal=TERM", "--kill-after=30", "4", EVERLONG_BINARY,
+           "train", path("run.toml"), "--set", "data.path=" + path("tokens"), "--set",
+           "train.steps=100000000", "--out", path("stopped")});
   EXPECT_EQ(ran.code, 143) << ran.err;
   EXPECT_NE(ran.err.find("stopped after step"), std::string::npos) << ran.err;
   EXPECT_EQ(everlong({"info", "--model", path("stopped"), "--device", "cpu"}).code, 0);
@@ -194,7 +212,8 @@ TEST_F(Cli, UnknownSettingIsRefusedByName) {
 }
 
 TEST_F(Cli, SameSeedSameText) {
-  const std::vector<std::string> base = {"--prompt", "the stream", "--temperature", "1", "--past-end", "-n", "40"};
+  const std::vector<std::string> base = {
+      "--prompt", "the stream", "--temperature", "1", "--past-end", "-n", "40"};
   const auto text = [&](const std::string& seed) {
     auto arguments = base;
     arguments.insert(arguments.end(), {"--seed", seed});
@@ -208,9 +227,11 @@ TEST_F(Cli, SameSeedSameText) {
   EXPECT_NE(first, text("8"));
 }
 
-// Temperature and penalty both remember: the random sequence and the last tokens must travel with the state.
+// Temperature and penalty both remember: the random sequence and the last tokens must travel with
+// the state.
 TEST_F(Cli, SavedStateGoesOnInAnotherProcessAsIfNeverStopped) {
-  const std::vector<std::string> sampling = {"--temperature", "1", "--repetition-penalty", "1.3", "--past-end"};
+  const std::vector<std::string> sampling = {"--temperature", "1", "--repetition-penalty", "1.3",
+                                             "--past-end"};
   const auto with = [&](std::vector<std::string> more) {
     more.insert(more.end(), sampling.begin(), sampling.end());
     const Ran ran = generate(more);
@@ -218,16 +239,19 @@ TEST_F(Cli, SavedStateGoesOnInAnotherProcessAsIfNeverStopped) {
     return ran.out;
   };
   const std::string whole = with({"--prompt", "never ends", "--seed", "11", "-n", "60"});
-  const std::string first = with({"--prompt", "never ends", "--seed", "11", "-n", "25", "--save-state", path("a.state")});
+  const std::string first =
+      with({"--prompt", "never ends", "--seed", "11", "-n", "25", "--save-state", path("a.state")});
   const std::string second = with({"--load-state", path("a.state"), "-n", "35"});
   EXPECT_EQ(first + second, whole);
-  EXPECT_NE(with({"--load-state", path("a.state"), "-n", "35", "--seed", "12"}), second) << "--seed begins anew";
+  EXPECT_NE(with({"--load-state", path("a.state"), "-n", "35", "--seed", "12"}), second)
+      << "--seed begins anew";
 }
 
 TEST_F(Cli, StateOfAnotherModelIsRefused) {
   ASSERT_EQ(train({"--set", "train.seed=2"}, "other").code, 0);
   ASSERT_EQ(generate({"--prompt", "a", "-n", "1", "--save-state", path("b.state")}).code, 0);
-  const Ran ran = everlong({"generate", "--model", path("other"), "--device", "cpu", "--load-state", path("b.state")});
+  const Ran ran = everlong(
+      {"generate", "--model", path("other"), "--device", "cpu", "--load-state", path("b.state")});
   EXPECT_EQ(ran.code, 1);
   EXPECT_EQ(ran.out, "");
   EXPECT_NE(ran.err.find("Nothing was loaded"), std::string::npos) << ran.err;
@@ -256,8 +280,9 @@ TEST_F(Cli, PromptFromStdinEqualsPromptFromFile) {
 
 TEST_F(Cli, PerplexityAddsUpAndDoesNotDependOnHowItIsFed) {
   const auto measure = [&](std::vector<std::string> more) {
-    std::vector<std::string> arguments = {"eval", "perplexity", "--model", path("run"), "--data", path("tokens"),
-                                          "--device", "cpu", "--threads", "1", "--json"};
+    std::vector<std::string> arguments = {
+        "eval",     "perplexity", "--model",   path("run"), "--data", path("tokens"),
+        "--device", "cpu",        "--threads", "1",         "--json"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     const Ran ran = everlong(arguments);
     EXPECT_EQ(ran.code, 0) << ran.err;
@@ -275,17 +300,21 @@ TEST_F(Cli, PerplexityAddsUpAndDoesNotDependOnHowItIsFed) {
   EXPECT_GE(whole.at("buckets").size(), 2u);
   EXPECT_EQ(whole.at("tokens"), tokens);
   EXPECT_NEAR(whole.at("nats_per_token").get<double>(), nats / static_cast<double>(tokens), 1e-9);
-  EXPECT_NEAR(whole.at("bits_per_byte").get<double>(), nats / std::numbers::ln2 / static_cast<double>(bytes), 1e-9);
-  EXPECT_NEAR(measure({"--feed", "97"}).at("nats_per_token").get<double>(), whole.at("nats_per_token").get<double>(), 1e-4);
+  EXPECT_NEAR(whole.at("bits_per_byte").get<double>(),
+              nats / std::numbers::ln2 / static_cast<double>(bytes), 1e-9);
+  EXPECT_NEAR(measure({"--feed", "97"}).at("nats_per_token").get<double>(),
+              whole.at("nats_per_token").get<double>(), 1e-4);
   const json reset = measure({"--reset", "100"});
   EXPECT_EQ(reset.at("resets"), tokens / 100);
-  EXPECT_EQ(reset.at("tokens"), tokens - tokens / 100) << "the first token after a reset is not predicted";
+  EXPECT_EQ(reset.at("tokens"), tokens - tokens / 100)
+      << "the first token after a reset is not predicted";
   EXPECT_GT(measure({"--reset", "document"}).at("resets").get<int>(), 0);
 }
 
 TEST_F(Cli, StreamReportsEveryMarkWithConstantState) {
-  const Ran ran = everlong({"stream", "--model", path("run"), "--data", path("tokens"), "--device", "cpu", "--threads", "1",
-                            "--tokens", "8000", "--marks", "100,1000,8000", "--rounds", "2", "--json"});
+  const Ran ran = everlong({"stream", "--model", path("run"), "--data", path("tokens"), "--device",
+                            "cpu", "--threads", "1", "--tokens", "8000", "--marks", "100,1000,8000",
+                            "--rounds", "2", "--json"});
   ASSERT_EQ(ran.code, 0) << ran.err;
   const json report = ran.object();
   ASSERT_EQ(report.at("marks").size(), 3u);
@@ -297,25 +326,35 @@ TEST_F(Cli, StreamReportsEveryMarkWithConstantState) {
     EXPECT_GT(mark.at("resident_bytes").get<double>(), 0);
   }
   EXPECT_EQ(report.at("windows").back().at("end"), 8000);
-  const Ran too_far = everlong({"stream", "--model", path("run"), "--data", path("tokens"), "--device", "cpu", "--tokens", "1M"});
+  const Ran too_far = everlong({"stream", "--model", path("run"), "--data", path("tokens"),
+                                "--device", "cpu", "--tokens", "1M"});
   EXPECT_EQ(too_far.code, 1);
 }
 
 TEST_F(Cli, BenchOpPrintsOneObjectALineWithEveryField) {
   for (const char* const pass : {"forward", "train", "step"}) {
-    const Ran ran = everlong({"bench", "op", "--mechanism", "lightning", "--pass", pass, "--lengths", "64,1500", "--heads", "2",
-                              "--head-dim", "16", "--device", "cpu", "--threads", "1", "--baseline", "sdpa", "--json"});
+    const Ran ran = everlong({"bench", "op", "--mechanism", "lightning", "--pass", pass,
+                              "--lengths", "64,1500", "--heads", "2", "--head-dim", "16",
+                              "--device", "cpu", "--threads", "1", "--baseline", "sdpa", "--json"});
     ASSERT_EQ(ran.code, 0) << pass << ": " << ran.err;
     std::istringstream lines(ran.out);
     std::vector<std::int64_t> lengths;
     for (std::string line; std::getline(lines, line);) {
       const json record = json::parse(line, nullptr, false);
       ASSERT_TRUE(record.is_object()) << line;
-      for (const char* const key :
-           {"mechanism", "pass", "device", "dtype", "tokens", "heads", "head_dim", "threads", "seconds", "seconds_min",
-            "seconds_max", "tokens_per_second", "baseline", "baseline_seconds", "ratio", "bytes", "flops",
-            "fraction_of_ceiling", "max_rel_error", "commit", "machine", "gate"})
-        EXPECT_TRUE(record.contains(key) && !record.at(key).is_null()) << key << " is missing: " << line;
+      for (const char* const key : {"mechanism",     "pass",
+                                    "device",        "dtype",
+                                    "tokens",        "heads",
+                                    "head_dim",      "threads",
+                                    "seconds",       "seconds_min",
+                                    "seconds_max",   "tokens_per_second",
+                                    "baseline",      "baseline_seconds",
+                                    "ratio",         "bytes",
+                                    "flops",         "fraction_of_ceiling",
+                                    "max_rel_error", "commit",
+                                    "machine",       "gate"})
+        EXPECT_TRUE(record.contains(key) && !record.at(key).is_null())
+            << key << " is missing: " << line;
       EXPECT_LE(record.at("seconds_min").get<double>(), record.at("seconds").get<double>());
       EXPECT_LE(record.at("seconds").get<double>(), record.at("seconds_max").get<double>());
       lengths.push_back(record.at("tokens"));
@@ -325,9 +364,11 @@ TEST_F(Cli, BenchOpPrintsOneObjectALineWithEveryField) {
 }
 
 TEST_F(Cli, BenchModelMeasuresTrainingAndStreaming) {
-  const Ran ran = everlong({"bench", "model", path("run"), "--lengths", "64", "--device", "cpu", "--threads", "1", "--json"});
+  const Ran ran = everlong({"bench", "model", path("run"), "--lengths", "64", "--device", "cpu",
+                            "--threads", "1", "--json"});
   ASSERT_EQ(ran.code, 0) << ran.err;
-  for (const char* const key : {"training_tokens_per_second", "reading_tokens_per_second", "writing_tokens_per_second"})
+  for (const char* const key :
+       {"training_tokens_per_second", "reading_tokens_per_second", "writing_tokens_per_second"})
     EXPECT_GT(ran.object().value(key, 0.0), 0) << key;
 }
 
@@ -342,7 +383,8 @@ TEST_F(Cli, ReportIsOnePageThatNeedsNothingElse) {
 }
 
 TEST_F(Cli, QuietSaysNothingOnStderr) {
-  const Ran loud = generate({"--prompt", "a", "-n", "2"}), quiet = generate({"--prompt", "a", "-n", "2", "--quiet"});
+  const Ran loud = generate({"--prompt", "a", "-n", "2"}),
+            quiet = generate({"--prompt", "a", "-n", "2", "--quiet"});
   EXPECT_NE(loud.err, "");
   EXPECT_EQ(quiet.err, "");
   EXPECT_EQ(loud.out, quiet.out);

@@ -1,4 +1,5 @@
-// golden_check as a process: what passes, what fails, what is not applicable, and the exit code of each.
+// golden_check as a process: what passes, what fails, what is not applicable, and the exit code of
+// each.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
@@ -24,20 +25,23 @@ class GoldenCheck : public testing::Test {
     ASSERT_TRUE(make_directories(folder_ / "deeper").ok());
     const fs::path source = fs::path(EVERLONG_TEST_DATA) / "golden" / "lightning";
     for (const auto& entry : fs::directory_iterator(source))
-      if (entry.path().filename().string().find("state_t33") != std::string::npos) sound_ = entry.path();
+      if (entry.path().filename().string().find("state_t33") != std::string::npos)
+        sound_ = entry.path();
     ASSERT_FALSE(sound_.empty()) << "no case with a state below " << source;
   }
   void TearDown() override { fs::remove_all(folder_); }
 
   static Ran check(const std::vector<std::string>& arguments) {
-    std::vector<std::string> command = {(fs::path(EVERLONG_BINARY).parent_path() / "golden_check").string()};
+    std::vector<std::string> command = {
+        (fs::path(EVERLONG_BINARY).parent_path() / "golden_check").string()};
     command.insert(command.end(), arguments.begin(), arguments.end());
     const auto result = run_process({.command = command});
     if (!result.ok()) return {-1, result.status().message(), ""};
     const std::string& out = result->output;
     const auto end = out.find_last_not_of('\n');
     const auto begin = end == std::string::npos ? 0 : out.rfind('\n', end) + 1;
-    return {result->exit_code, out + result->errors, end == std::string::npos ? "" : out.substr(begin, end + 1 - begin)};
+    return {result->exit_code, out + result->errors,
+            end == std::string::npos ? "" : out.substr(begin, end + 1 - begin)};
   }
   Ran check() const { return check({folder_.string()}); }
 
@@ -73,19 +77,22 @@ TEST_F(GoldenCheck, SoundCasePassesBelowASubfolder) {
 }
 
 TEST_F(GoldenCheck, WrongNumberInAnyTensorFailsAndIsNamed) {
-  for (const char* const tensor : {"out.o", "state_out.S", "grad.q", "grad.k", "grad.v", "grad.S", "state_in.S", "grad_out.S"}) {
+  for (const char* const tensor : {"out.o", "state_out.S", "grad.q", "grad.k", "grad.v", "grad.S",
+                                   "state_in.S", "grad_out.S"}) {
     write_case("a.safetensors", {}, tensor, 1e-6);
     const Ran ran = check();
     EXPECT_EQ(ran.code, 1) << tensor;
     EXPECT_EQ(ran.last_line, "0 passed, 1 failed, 0 not applicable") << tensor;
     const std::string name = tensor;
-    if (name.ends_with("_in.S") || name.starts_with("grad_out")) continue;  // shows in what follows from it
+    if (name.ends_with("_in.S") || name.starts_with("grad_out"))
+      continue;  // shows in what follows from it
     EXPECT_NE(ran.out.find(name == "grad.S" ? "grad.state.S" : name), std::string::npos) << ran.out;
   }
 }
 
 TEST_F(GoldenCheck, NotANumberNeverPasses) {
-  write_case("a.safetensors", {{"rtol", "1e9"}, {"atol", "1e9"}}, "out.o", std::numeric_limits<double>::quiet_NaN());
+  write_case("a.safetensors", {{"rtol", "1e9"}, {"atol", "1e9"}}, "out.o",
+             std::numeric_limits<double>::quiet_NaN());
   EXPECT_EQ(check().code, 1);
 }
 
@@ -98,8 +105,11 @@ TEST_F(GoldenCheck, UnreadableFileFails) {
 }
 
 TEST_F(GoldenCheck, BadMetadataFail) {
-  const std::vector<std::map<std::string, std::string>> bad = {
-      {{"format", "everlong-golden-9"}}, {{"rtol", "loose"}}, {{"rtol", "-1"}}, {{"params", "[]"}}, {{"kind", ""}}};
+  const std::vector<std::map<std::string, std::string>> bad = {{{"format", "everlong-golden-9"}},
+                                                               {{"rtol", "loose"}},
+                                                               {{"rtol", "-1"}},
+                                                               {{"params", "[]"}},
+                                                               {{"kind", ""}}};
   for (const auto& metadata : bad) {
     write_case("a.safetensors", metadata);
     EXPECT_EQ(check().code, 1) << metadata.begin()->first << " = " << metadata.begin()->second;

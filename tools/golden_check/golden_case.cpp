@@ -17,22 +17,33 @@ constexpr const char* kFormat = "everlong-golden-1";
 
 struct Case {
   OpCall call;
-  TensorMap out, state, grad;  // what the reference computed; gradients named as OpResult names them
+  TensorMap out, state,
+      grad;  // what the reference computed; gradients named as OpResult names them
   double rtol = 0, atol = 0;
 };
 
 std::optional<at::ScalarType> scalar_type(DType dtype) {
   switch (dtype) {
-    case DType::kBool: return at::kBool;
-    case DType::kUint8: return at::kByte;
-    case DType::kInt8: return at::kChar;
-    case DType::kInt16: return at::kShort;
-    case DType::kInt32: return at::kInt;
-    case DType::kInt64: return at::kLong;
-    case DType::kFloat16: return at::kHalf;
-    case DType::kBFloat16: return at::kBFloat16;
-    case DType::kFloat32: return at::kFloat;
-    case DType::kFloat64: return at::kDouble;
+    case DType::kBool:
+      return at::kBool;
+    case DType::kUint8:
+      return at::kByte;
+    case DType::kInt8:
+      return at::kChar;
+    case DType::kInt16:
+      return at::kShort;
+    case DType::kInt32:
+      return at::kInt;
+    case DType::kInt64:
+      return at::kLong;
+    case DType::kFloat16:
+      return at::kHalf;
+    case DType::kBFloat16:
+      return at::kBFloat16;
+    case DType::kFloat32:
+      return at::kFloat;
+    case DType::kFloat64:
+      return at::kDouble;
   }
   return std::nullopt;
 }
@@ -45,17 +56,20 @@ at::Tensor to_tensor(const TensorEntry& entry) {
   return tensor.is_floating_point() ? tensor.to(at::kDouble) : tensor;
 }
 
-Result<Case> read_case(const SafetensorsFile& file, const std::map<std::string, std::string>& metadata) {
+Result<Case> read_case(const SafetensorsFile& file,
+                       const std::map<std::string, std::string>& metadata) {
   Case out;
   const auto params = metadata.find("params");
-  if (params != metadata.end()) out.call.params = nlohmann::json::parse(params->second, nullptr, /*allow_exceptions=*/false);
+  if (params != metadata.end())
+    out.call.params = nlohmann::json::parse(params->second, nullptr, /*allow_exceptions=*/false);
   if (out.call.params.is_discarded() || !out.call.params.is_object())
     return corrupt("metadata params is not a JSON object");
   for (const auto& [key, target] : {std::pair{"rtol", &out.rtol}, std::pair{"atol", &out.atol}}) {
     const auto found = metadata.find(key);
     const auto value = found == metadata.end() ? std::nullopt : parse_number(found->second);
     if (!value || !(*value >= 0) || !std::isfinite(*value))
-      return corrupt("metadata ", key, found == metadata.end() ? " is missing" : cat(" = \"", found->second, "\""),
+      return corrupt("metadata ", key,
+                     found == metadata.end() ? " is missing" : cat(" = \"", found->second, "\""),
                      "; a number >= 0 is needed");
     *target = *value;
   }
@@ -64,13 +78,16 @@ Result<Case> read_case(const SafetensorsFile& file, const std::map<std::string, 
   for (const auto& [name, entry] : file.tensors()) {
     const at::Tensor tensor = to_tensor(entry);
     const auto dot = name.find('.');
-    const std::string group = name.substr(0, dot), rest = dot == std::string::npos ? "" : name.substr(dot + 1);
-    if (rest.empty()) return corrupt("tensor ", name, " has no known prefix (in., out., state_in., ...)");
+    const std::string group = name.substr(0, dot),
+                      rest = dot == std::string::npos ? "" : name.substr(dot + 1);
+    if (rest.empty())
+      return corrupt("tensor ", name, " has no known prefix (in., out., state_in., ...)");
     if (group == "in" && rest == "cu_seqlens") {
       if (tensor.dim() != 1 || at::isFloatingType(tensor.scalar_type()))
         return corrupt("in.cu_seqlens must be whole numbers in one dimension");
       const at::Tensor offsets = tensor.to(at::kLong).contiguous();
-      out.call.cu_seqlens.assign(offsets.data_ptr<std::int64_t>(), offsets.data_ptr<std::int64_t>() + offsets.numel());
+      out.call.cu_seqlens.assign(offsets.data_ptr<std::int64_t>(),
+                                 offsets.data_ptr<std::int64_t>() + offsets.numel());
     } else if (group == "in") {
       out.call.inputs[rest] = tensor;
     } else if (group == "state_in") {
@@ -86,15 +103,21 @@ Result<Case> read_case(const SafetensorsFile& file, const std::map<std::string, 
     } else if (group == "w") {
       out.call.inputs[name] = tensor;
     } else {
-      return corrupt("tensor ", name, " has no known prefix (in., out., state_in., state_out., grad_out., grad., w.)");
+      return corrupt(
+          "tensor ", name,
+          " has no known prefix (in., out., state_in., state_out., grad_out., grad., w.)");
     }
   }
-  if (out.out.empty() && out.state.empty()) return corrupt("the case has no out.* and no state_out.* tensor");
+  if (out.out.empty() && out.state.empty())
+    return corrupt("the case has no out.* and no state_out.* tensor");
   // A name that is an output stays; else a state's name stands for the state.
   for (const auto& [name, tensor] : grad_out)
-    out.call.grad_out[!out.out.contains(name) && out.state.contains(name) ? "state." + name : name] = tensor;
+    out.call
+        .grad_out[!out.out.contains(name) && out.state.contains(name) ? "state." + name : name] =
+        tensor;
   for (const auto& [name, tensor] : grad)
-    out.grad[!out.call.inputs.contains(name) && out.call.state.contains(name) ? "state." + name : name] = tensor;
+    out.grad[!out.call.inputs.contains(name) && out.call.state.contains(name) ? "state." + name
+                                                                              : name] = tensor;
   return out;
 }
 
@@ -122,10 +145,12 @@ Compared compare(const at::Tensor& given, const at::Tensor& wanted, double rtol,
   const double allowed = atol + rtol * scale;
   const double relative = scale > 0 ? worst / scale : worst;
   if (worst <= allowed) return {true, relative, ""};
-  return {false, relative, cat("differs by ", worst, "; allowed ", allowed, " (largest value ", scale, ")")};
+  return {false, relative,
+          cat("differs by ", worst, "; allowed ", allowed, " (largest value ", scale, ")")};
 }
 
-// The first difference of one form as a sentence, or nothing; `worst` collects the largest relative error.
+// The first difference of one form as a sentence, or nothing; `worst` collects the largest relative
+// error.
 std::optional<std::string> difference(const Case& wanted, const OpResult& given, double& worst) {
   const auto check_group = [&](std::string_view prefix, const TensorMap& expected,
                                const TensorMap& actual) -> std::optional<std::string> {
@@ -143,7 +168,8 @@ std::optional<std::string> difference(const Case& wanted, const OpResult& given,
   return check_group("grad.", wanted.grad, given.grad);
 }
 
-const Operator* find_operator(std::string_view mechanism, std::string_view kind, std::string& reason) {
+const Operator* find_operator(std::string_view mechanism, std::string_view kind,
+                              std::string& reason) {
   const auto room = find_mechanism(mechanism);
   if (!room.ok()) {
     reason = cat("no mechanism \"", mechanism, "\" in this build");
@@ -154,7 +180,8 @@ const Operator* find_operator(std::string_view mechanism, std::string_view kind,
     if (op->kind() == kind) return op;
     kinds.emplace_back(op->kind());
   }
-  reason = cat(mechanism, " offers no \"", kind, "\"; it has ", kinds.empty() ? "no operators" : join(kinds, ", "));
+  reason = cat(mechanism, " offers no \"", kind, "\"; it has ",
+               kinds.empty() ? "no operators" : join(kinds, ", "));
   return nullptr;
 }
 
@@ -167,9 +194,12 @@ Result<std::vector<fs::path>> find_files(const fs::path& root) {
   if (!fs::exists(root, error)) return not_found(root.string(), ": there is no such folder");
   std::vector<fs::path> files;
   if (fs::is_directory(root, error)) {
-    for (fs::recursive_directory_iterator it(root, fs::directory_options::skip_permission_denied, error), end;
+    for (fs::recursive_directory_iterator
+             it(root, fs::directory_options::skip_permission_denied, error),
+         end;
          !error && it != end; it.increment(error))
-      if (it->path().extension() == ".safetensors" && !it->is_directory(error)) files.push_back(it->path());
+      if (it->path().extension() == ".safetensors" && !it->is_directory(error))
+        files.push_back(it->path());
     if (error) return io_error(root.string(), ": cannot list the folder: ", error.message());
   } else {
     files.push_back(root);
@@ -189,7 +219,8 @@ Verdict check(const fs::path& path) {
   if (value("format").empty() || !value("format").starts_with("everlong-golden"))
     return {Outcome::kNotGolden, "no golden metadata"};
   if (value("format") != kFormat)
-    return failed(cat("format \"", value("format"), "\" is not known; this program reads ", kFormat));
+    return failed(
+        cat("format \"", value("format"), "\" is not known; this program reads ", kFormat));
   for (const char* const key : {"mechanism", "level", "kind"})
     if (value(key).empty()) return failed(cat("metadata ", key, " is missing"));
 
@@ -197,7 +228,8 @@ Verdict check(const fs::path& path) {
   auto wanted = read_case(*file, metadata);
   if (!wanted.ok()) return failed(wanted.status().message());
   if (value("level") != "op")
-    return {Outcome::kNotApplicable, cat("level \"", value("level"), "\" is not checked here; operators (op) are")};
+    return {Outcome::kNotApplicable,
+            cat("level \"", value("level"), "\" is not checked here; operators (op) are")};
   std::string reason;
   const Operator* const op = find_operator(value("mechanism"), value("kind"), reason);
   if (op == nullptr) return {Outcome::kNotApplicable, reason};
@@ -208,10 +240,12 @@ Verdict check(const fs::path& path) {
     if (!form.cpu) continue;
     const auto result = op->run(form.name, wanted->call);
     if (!result.ok()) return failed(cat(form.name, ": ", result.status().message()));
-    if (const auto why = difference(*wanted, *result, worst)) return failed(cat(form.name, ": ", *why));
+    if (const auto why = difference(*wanted, *result, worst))
+      return failed(cat(form.name, ": ", *why));
     forms += cat(forms.empty() ? "" : ", ", form.name);
   }
-  if (forms.empty()) return {Outcome::kNotApplicable, cat(value("kind"), " has no form that runs on the CPU")};
+  if (forms.empty())
+    return {Outcome::kNotApplicable, cat(value("kind"), " has no form that runs on the CPU")};
   return {Outcome::kPassed, cat(forms, "; largest error ", worst)};
 }
 

@@ -1,5 +1,6 @@
-// golden_check DIR...: runs every everlong-golden-1 case below the folders through every form of the operator that it
-// belongs to, in float64, and compares outputs, states and gradients. docs/formats.md describes the files.
+// golden_check DIR...: runs every everlong-golden-1 case below the folders through every form of
+// the operator that it belongs to, in float64, and compares outputs, states and gradients.
+// docs/formats.md describes the files.
 //
 // Exit code: 0 nothing failed, 1 a case failed or a file could not be read, 2 wrong usage.
 #include <cstdio>
@@ -37,7 +38,9 @@ int main(int argc, char** argv) {
       return 0;
     }
     if (argument.starts_with("-")) {
-      std::fprintf(stderr, "golden_check: %s is not an option; golden_check --help shows the usage\n", argument.c_str());
+      std::fprintf(stderr,
+                   "golden_check: %s is not an option; golden_check --help shows the usage\n",
+                   argument.c_str());
       return 2;
     }
   }
@@ -62,14 +65,19 @@ int main(int argc, char** argv) {
       }
       using everlong::golden::Outcome;
       if (verdict.outcome == Outcome::kNotGolden) continue;
-      const bool passed = verdict.outcome == Outcome::kPassed, failed = verdict.outcome == Outcome::kFailed;
+      const bool passed = verdict.outcome == Outcome::kPassed,
+                 failed = verdict.outcome == Outcome::kFailed;
       ++(passed ? tally.passed : failed ? tally.failed : tally.not_applicable);
-      std::printf("%s  %s: %s\n", passed ? "PASS" : failed ? "FAIL" : "n/a ", file.string().c_str(),
-                  verdict.detail.c_str());
+      std::printf("%s  %s: %s\n",
+                  passed   ? "PASS"
+                  : failed ? "FAIL"
+                           : "n/a ",
+                  file.string().c_str(), verdict.detail.c_str());
       std::fflush(stdout);
     }
   }
-  std::printf("%lld passed, %lld failed, %lld not applicable\n", static_cast<long long>(tally.passed),
-              static_cast<long long>(tally.failed), static_cast<long long>(tally.not_applicable));
+  std::printf("%lld passed, %lld failed, %lld not applicable\n",
+              static_cast<long long>(tally.passed), static_cast<long long>(tally.failed),
+              static_cast<long long>(tally.not_applicable));
   return tally.failed > 0 ? 1 : 0;
 }
