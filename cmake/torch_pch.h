@@ -1,4 +1,5 @@
-// What nearly every file above the kernels includes; precompiled once (EVERLONG_PCH). Files still include what they use.
+// What nearly every file above the kernels includes; precompiled once (EVERLONG_PCH). Files still
+// include what they use.
 #pragma once
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -86,7 +86,8 @@ Result<std::string> read_file(const fs::path& path, std::size_t limit) {
   EVERLONG_ASSIGN(const auto file, MappedFile::open(path));
   const auto bytes = file.bytes();
   if (bytes.size() > limit)
-    return invalid_argument(path.string(), ": ", bytes.size(), " bytes; at most ", limit, " are read here");
+    return invalid_argument(path.string(), ": ", bytes.size(), " bytes; at most ", limit,
+                            " are read here");
   return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 

@@ -12,8 +12,8 @@ namespace everlong {
 
 namespace fs = std::filesystem;
 
-// Writes to "<path>.tmp.<pid>" beside the target; commit() syncs it to disk and renames it into place. Without a
-// commit the target stays as it was and the temporary is removed. Not thread safe.
+// Writes to "<path>.tmp.<pid>" beside the target; commit() syncs it to disk and renames it into
+// place. Without a commit the target stays as it was and the temporary is removed. Not thread safe.
 class AtomicFile {
  public:
   static Result<AtomicFile> create(const fs::path& path);

@@ -13,7 +13,8 @@ namespace {
 
 bool quiet = false;
 
-double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
+double seconds_between(std::chrono::steady_clock::time_point a,
+                       std::chrono::steady_clock::time_point b) {
   return std::chrono::duration<double>(b - a).count();
 }
 
@@ -54,16 +55,18 @@ void Progress::draw(bool last) {
   if (last && !drawn_ && elapsed < 2) return;
   last_draw_ = now;
   drawn_ = true;
-  const double fraction = std::clamp(static_cast<double>(done_) / static_cast<double>(total_), 0.0, 1.0);
+  const double fraction =
+      std::clamp(static_cast<double>(done_) / static_cast<double>(total_), 0.0, 1.0);
   const double rate = elapsed > 0 ? static_cast<double>(done_) / elapsed : 0;
   const double left = rate > 0 ? static_cast<double>(total_ - done_) / rate : 0;
   constexpr int kWidth = 24;
   const int filled = static_cast<int>(fraction * kWidth);
   const std::string bar = std::string(filled, '#') + std::string(kWidth - filled, ' ');
   const std::string line =
-      cat(label_, " ", fixed(100 * fraction, 0), "%|", bar, "| ", with_commas(done_), "/", with_commas(total_), " [",
-          human_duration(elapsed), "<", human_duration(left), ", ",
-          rate < 100 ? fixed(rate, 1) : with_commas(static_cast<std::int64_t>(rate)), " ", unit_, "/s] ", note_);
+      cat(label_, " ", fixed(100 * fraction, 0), "%|", bar, "| ", with_commas(done_), "/",
+          with_commas(total_), " [", human_duration(elapsed), "<", human_duration(left), ", ",
+          rate < 100 ? fixed(rate, 1) : with_commas(static_cast<std::int64_t>(rate)), " ", unit_,
+          "/s] ", note_);
   if (terminal_) {
     std::fprintf(stderr, "\r\033[K%s%s", line.c_str(), last ? "\n" : "");
   } else {

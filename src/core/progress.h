@@ -7,9 +7,9 @@
 
 namespace everlong {
 
-// Draws on stderr only: "train  45%|####      | 90/200 [12s<15s, 7.4 steps/s] loss 1.93". On a terminal one line is
-// redrawn (at most 10 times a second); elsewhere a line is printed every `plain_interval` seconds. Silent after
-// set_quiet(true). Not thread safe.
+// Draws on stderr only: "train  45%|####      | 90/200 [12s<15s, 7.4 steps/s] loss 1.93". On a
+// terminal one line is redrawn (at most 10 times a second); elsewhere a line is printed every
+// `plain_interval` seconds. Silent after set_quiet(true). Not thread safe.
 class Progress {
  public:
   Progress(std::string label, std::int64_t total, std::string unit, double plain_interval = 15);

@@ -4,7 +4,8 @@
 
 namespace everlong {
 
-Settings::Settings(const nlohmann::json& object, std::string place) : object_(object), place_(std::move(place)) {
+Settings::Settings(const nlohmann::json& object, std::string place)
+    : object_(object), place_(std::move(place)) {
   if (object_.is_null()) object_ = nlohmann::json::object();
   if (!object_.is_object()) {
     fail(invalid_argument("is ", object_.dump(), "; an object of settings is needed"));
@@ -16,7 +17,9 @@ void Settings::fail(const Status& status) {
   if (first_error_.ok()) first_error_ = status.at(place_);
 }
 
-bool Settings::has(const std::string& key) const { return object_.contains(key) && !object_.at(key).is_null(); }
+bool Settings::has(const std::string& key) const {
+  return object_.contains(key) && !object_.at(key).is_null();
+}
 
 const nlohmann::json* Settings::find(const std::string& key) {
   known_.insert(key);
@@ -28,11 +31,14 @@ nlohmann::json Settings::raw(const std::string& key) {
   return value != nullptr ? *value : nlohmann::json();
 }
 
-std::int64_t Settings::integer(const std::string& key, std::int64_t fallback, std::int64_t min, std::int64_t max) {
+std::int64_t Settings::integer(const std::string& key, std::int64_t fallback, std::int64_t min,
+                               std::int64_t max) {
   const auto* value = find(key);
   if (value == nullptr) return fallback;
-  if (!value->is_number_integer() || (value->is_number_unsigned() && value->get<std::uint64_t>() > INT64_MAX)) {
-    fail(invalid_argument(key, " = ", value->dump(), " is not a whole number; allowed: ", min, " to ", max));
+  if (!value->is_number_integer() ||
+      (value->is_number_unsigned() && value->get<std::uint64_t>() > INT64_MAX)) {
+    fail(invalid_argument(key, " = ", value->dump(), " is not a whole number; allowed: ", min,
+                          " to ", max));
     return fallback;
   }
   const auto given = value->get<std::int64_t>();
@@ -46,7 +52,8 @@ double Settings::number(const std::string& key, double fallback, double min, dou
   if (value == nullptr) return fallback;
   const double given = value->is_number() ? value->get<double>() : std::nan("");
   if (given >= min && given <= max) return given;
-  fail(invalid_argument(key, " = ", value->dump(), " is not allowed; a number from ", min, " to ", max, " is needed"));
+  fail(invalid_argument(key, " = ", value->dump(), " is not allowed; a number from ", min, " to ",
+                        max, " is needed"));
   return fallback;
 }
 

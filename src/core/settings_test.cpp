@@ -22,12 +22,13 @@ TEST(Settings, AnUnknownKeyIsRefusedWithAGuess) {
   (void)s.integer("heads", 8, 1, 64);
   const Status status = s.finish();
   ASSERT_FALSE(status.ok());
-  EXPECT_EQ(status.message(), "config.json: softmax: heds is not a setting; known: heads. Did you mean \"heads\"?");
+  EXPECT_EQ(status.message(),
+            "config.json: softmax: heds is not a setting; known: heads. Did you mean \"heads\"?");
 }
 
 TEST(Settings, WrongTypesAndRangesAreRefused) {
-  for (const char* text : {R"({"n": "4"})", R"({"n": 4.5})", R"({"n": 0})", R"({"n": 65})", R"({"n": 18446744073709551615})",
-                           R"({"n": [4]})"}) {
+  for (const char* text : {R"({"n": "4"})", R"({"n": 4.5})", R"({"n": 0})", R"({"n": 65})",
+                           R"({"n": 18446744073709551615})", R"({"n": [4]})"}) {
     Settings s(json::parse(text), "here");
     (void)s.integer("n", 8, 1, 64);
     EXPECT_FALSE(s.finish().ok()) << text;

@@ -17,7 +17,7 @@ enum class StatusCode {
   kInvalidArgument,  // the caller's value breaks the contract
   kUnsupported,      // legal in principle, not offered by this room, device or build
   kNotFound,
-  kCorrupt,          // bytes from outside break their format
+  kCorrupt,  // bytes from outside break their format
   kIo,
   kInterrupted,
 };
@@ -66,7 +66,7 @@ Status io_error(const Parts&... parts) {
 template <class T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : content_(std::move(value)) {}                     // NOLINT: implicit on purpose
+  Result(T value) : content_(std::move(value)) {}  // NOLINT: implicit on purpose
   Result(Status status) : content_(std::move(status)) { assert(!this->status().ok()); }  // NOLINT
 
   bool ok() const { return std::holds_alternative<T>(content_); }
@@ -95,8 +95,8 @@ class [[nodiscard]] Result {
 #define EVERLONG_CONCAT_(a, b) a##b
 #define EVERLONG_CONCAT(a, b) EVERLONG_CONCAT_(a, b)
 // Declares `target` from a Result, or returns its failure: EVERLONG_ASSIGN(auto file, open(path)).
-#define EVERLONG_ASSIGN(target, expression)                                    \
-  auto EVERLONG_CONCAT(result_, __LINE__) = (expression);                      \
-  if (!EVERLONG_CONCAT(result_, __LINE__).ok())                                \
-    return EVERLONG_CONCAT(result_, __LINE__).status();                        \
+#define EVERLONG_ASSIGN(target, expression)               \
+  auto EVERLONG_CONCAT(result_, __LINE__) = (expression); \
+  if (!EVERLONG_CONCAT(result_, __LINE__).ok())           \
+    return EVERLONG_CONCAT(result_, __LINE__).status();   \
   target = std::move(EVERLONG_CONCAT(result_, __LINE__)).value()

@@ -12,7 +12,8 @@ TEST(Text, CountsTakeBinarySuffixesAndNothingElse) {
   EXPECT_EQ(parse_count("2G"), std::int64_t{1} << 31);
   EXPECT_EQ(parse_count("1000000"), 1000000);
   EXPECT_EQ(parse_count("-3"), -3);
-  for (const char* bad : {"", "K", "1.5K", "1KB", " 1", "1 ", "0x10", "99999999999999999999", "9223372036854775807G"})
+  for (const char* bad :
+       {"", "K", "1.5K", "1KB", " 1", "1 ", "0x10", "99999999999999999999", "9223372036854775807G"})
     EXPECT_FALSE(parse_count(bad).has_value()) << bad;
 }
 

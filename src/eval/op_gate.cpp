@@ -99,7 +99,7 @@ OpCall cast_call(const Operator& op, const OpCall& call, at::ScalarType dtype, a
     if (std::ranges::find(names, name) == names.end()) continue;
     tensor = tensor.is_floating_point() ? tensor.to(device, dtype) : tensor.to(device);
   }
-  const auto state_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const auto state_dtype = op.state_dtype(dtype);
   for (auto& [name, tensor] : out.state)
     tensor = tensor.is_floating_point() ? tensor.to(device, state_dtype) : tensor.to(device);
   for (auto& [name, tensor] : out.grad_out)

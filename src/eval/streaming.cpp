@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "ops/runtime.h"
 
@@ -45,13 +46,18 @@ Result<std::vector<Spread>> time_in_turns(const std::vector<Stream>& streams,
   return out;
 }
 
+// The most resident memory since the last call.
+std::int64_t take_resident_peak() {
+  const std::int64_t peak = peak_resident_bytes();
+  return reset_resident_peak() ? peak : resident_bytes();
+}
+
 StreamingMark mark_here(const Stream& stream, std::vector<double> recent, at::Device device) {
   StreamingMark mark;
   mark.tokens = stream.position();
   mark.observed = spread(std::move(recent)).median;
   mark.state_bytes = stream.state_bytes();
   mark.state_bytes_bound = stream.state_bytes_bound();
-  mark.resident_bytes = resident_bytes();
   if (const auto memory = device_memory(device)) mark.device_bytes = memory->allocated;
   return mark;
 }
@@ -79,6 +85,7 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
   EVERLONG_RETURN_IF_ERROR(source.read(0, ids));
   const std::vector<std::int32_t> first_feed = ids;
   stream.reset();
+  reset_resident_peak();
   {
     Stream warm_up = stream.clone();
     EVERLONG_ASSIGN(const auto ignored, advance(warm_up, first_feed, options.score, device));
@@ -88,6 +95,7 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
   std::vector<Stream> copies;
   std::vector<double> recent;
   StreamingWindow window;
+  std::int64_t resident = 0;  // the most since the last mark
   std::size_t next_mark = 0;
   const Stopwatch all;
   for (std::int64_t done = 0; done < options.tokens;) {
@@ -112,12 +120,14 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
     if (at_mark || done == options.tokens ||
         static_cast<double>(done) >= kWindowGrowth * static_cast<double>(window.begin)) {
       window.state_bytes = stream.state_bytes();
-      window.resident_bytes = resident_bytes();
+      window.resident_bytes = take_resident_peak();
+      resident = std::max(resident, window.resident_bytes);
       report.windows.push_back(window);
       window = StreamingWindow{.begin = done};
     }
     if (at_mark) {
       report.marks.push_back(mark_here(stream, recent, device));
+      report.marks.back().resident_bytes = std::exchange(resident, 0);
       if (options.rounds > 0) copies.push_back(stream.clone());
       ++next_mark;
     }

@@ -24,7 +24,9 @@ struct StreamingMark {
   Spread speed;
   double observed =
       0;  // tokens a second as it streamed: median over the last feeds before the mark
-  std::int64_t state_bytes = 0, state_bytes_bound = 0, resident_bytes = 0;
+  std::int64_t state_bytes = 0, state_bytes_bound = 0;
+  std::int64_t resident_bytes =
+      0;  // the most since the mark before: between feeds it goes up and down
   std::optional<std::int64_t> device_bytes;
 };
 

@@ -9,8 +9,9 @@
 
 namespace everlong {
 
-// How the tokens of a call divide into sequences. Empty offsets: every row of [B, T, D] is one sequence of T tokens.
-// Else B = 1 and sequence n owns tokens [offsets[n], offsets[n+1]); empty sequences are legal.
+// How the tokens of a call divide into sequences. Empty offsets: every row of [B, T, D] is one
+// sequence of T tokens. Else B = 1 and sequence n owns tokens [offsets[n], offsets[n+1]); empty
+// sequences are legal.
 struct Sequences {
   std::vector<std::int64_t> offsets;
 
@@ -22,9 +23,10 @@ struct Sequences {
   }
 };
 
-// [B, T, D] -> [B, T, D]. Training, prefill and decode are this one function: any number of tokens (0 included) after
-// any number of tokens. With a state, tokens continue its sequences and the state moves on (positions too); without
-// one they start fresh and nothing is kept. Differentiable in x, in the weights and in the state's tensors.
+// [B, T, D] -> [B, T, D]. Training, prefill and decode are this one function: any number of tokens
+// (0 included) after any number of tokens. With a state, tokens continue its sequences and the
+// state moves on (positions too); without one they start fresh and nothing is kept. Differentiable
+// in x, in the weights and in the state's tensors.
 class Mixer : public torch::nn::Module {
  public:
   virtual at::Tensor forward(const at::Tensor& x_BTD, const Sequences& sequences, State* state) = 0;

@@ -15,7 +15,8 @@ std::unique_ptr<State> State::clone() const {
 
 std::int64_t State::bytes() const {
   std::int64_t total = static_cast<std::int64_t>(positions_.size() * sizeof(std::int64_t));
-  for (const auto& [name, tensor] : tensors()) total += static_cast<std::int64_t>(tensor.storage().nbytes());
+  for (const auto& [name, tensor] : tensors())
+    total += static_cast<std::int64_t>(tensor.storage().nbytes());
   return total;
 }
 
@@ -38,7 +39,8 @@ at::Tensor select_sequences(const at::Tensor& tensor, std::span<const std::int64
   std::vector<std::int64_t> fresh;
   for (const std::int64_t n : sequences) fresh.push_back(n < 0 ? 1 : 0);
   // Filled, not multiplied: a NaN of the sequence that lends its row must not reach a fresh one.
-  return picked.masked_fill(at::tensor(fresh, at::kLong).to(at::kBool).view(shape).to(tensor.device()), 0);
+  return picked.masked_fill(
+      at::tensor(fresh, at::kLong).to(at::kBool).view(shape).to(tensor.device()), 0);
 }
 
 }  // namespace everlong

@@ -17,7 +17,7 @@ struct LayerSpec {
   std::int64_t hidden_size = 0;
   std::int64_t layer_index = 0, num_layers = 1;  // absolute: other mechanisms' layers count too
   double norm_eps = 1e-6;
-  nlohmann::json settings;                       // the room's object in config.json
+  nlohmann::json settings;  // the room's object in config.json
 };
 
 // A law or feature that the room does not offer, and why. What is not declared here must hold.
@@ -36,7 +36,8 @@ struct Mechanism {
 
   // Settings that make a small valid layer of this width: what the laws and the scaffolding use.
   nlohmann::json (*example_settings)(std::int64_t hidden_size) = nullptr;
-  // Reads and checks the settings (unknown keys are refused), then builds the layer with initialised weights.
+  // Reads and checks the settings (unknown keys are refused), then builds the layer with
+  // initialised weights.
   Result<std::shared_ptr<Mixer>> (*make_layer)(const LayerSpec& spec) = nullptr;
 
   bool has(std::string_view feature) const;  // not listed under lacks

@@ -3,9 +3,9 @@
 
 #include "mechanisms/mechanism.h"
 
-#define EVERLONG_MECHANISM(room)  \
-  namespace everlong::room {      \
-  const Mechanism& mechanism();   \
+#define EVERLONG_MECHANISM(room) \
+  namespace everlong::room {     \
+  const Mechanism& mechanism();  \
   }
 #include "mechanisms/mechanisms.inc"
 #undef EVERLONG_MECHANISM

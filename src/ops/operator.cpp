@@ -48,10 +48,11 @@ OpResult run_by_autograd(const OpCall& call, const OpFunction& forward) {
   };
   collect("", inputs);
   collect("state.", state);
-  const auto gradients = outputs.empty()
-                             ? std::vector<at::Tensor>(sources.size())
-                             : torch::autograd::grad(outputs, sources, incoming, /*retain_graph=*/std::nullopt,
-                                                     /*create_graph=*/false, /*allow_unused=*/true);
+  const auto gradients =
+      outputs.empty()
+          ? std::vector<at::Tensor>(sources.size())
+          : torch::autograd::grad(outputs, sources, incoming, /*retain_graph=*/std::nullopt,
+                                  /*create_graph=*/false, /*allow_unused=*/true);
   // An input that no output depends on (T = 0, say) has the gradient zero.
   for (std::size_t i = 0; i < names.size(); ++i)
     result.grad[names[i]] = gradients[i].defined() ? gradients[i] : at::zeros_like(sources[i]);

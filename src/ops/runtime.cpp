@@ -150,6 +150,12 @@ void synchronize(at::Device device) {
 std::int64_t resident_bytes() { return status_kilobytes("VmRSS:") * 1024; }
 std::int64_t peak_resident_bytes() { return status_kilobytes("VmHWM:") * 1024; }
 
+bool reset_resident_peak() {
+  std::ofstream file("/proc/self/clear_refs");
+  file << 5 << std::flush;  // proc(5): resets the peak of the resident set
+  return file.good();
+}
+
 std::optional<DeviceMemory> device_memory(at::Device device) {
   if (device.is_cpu()) return std::nullopt;
   auto* const allocator = c10::getDeviceAllocator(device.type());

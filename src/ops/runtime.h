@@ -39,7 +39,9 @@ int threads();
 void synchronize(at::Device device);
 
 std::int64_t resident_bytes();       // VmRSS of this process
-std::int64_t peak_resident_bytes();  // VmHWM
+std::int64_t peak_resident_bytes();  // VmHWM: the most since the start, or since the last reset
+// Starts the peak anew. False where the system does not allow it; then the old peak stands.
+bool reset_resident_peak();
 // Bytes of tensors alive now, and at most since the last reset_device_peak(). Nothing on the CPU.
 struct DeviceMemory {
   std::int64_t allocated = 0, peak = 0;

@@ -235,6 +235,20 @@ TEST(StreamFile, AFreshStreamSavesAndLoads) {
   EXPECT_TRUE(stream.logits().empty());
 }
 
+TEST(StreamFile, NotesTravelUnread) {
+  const TemporaryFolder folder("stream_notes");
+  const auto model = small_model(small_configs().back(), at::kFloat);
+  Stream stream(model);
+  const std::map<std::string, std::string> notes = {{"position", "not the stream's"},
+                                                    {"empty", ""}};
+  ASSERT_TRUE(stream.feed(random_tokens(4)).ok());
+  ASSERT_TRUE(stream.save(folder / "s.safetensors", notes).ok());
+  std::map<std::string, std::string> read = {{"old", "goes"}};
+  ASSERT_TRUE(stream.load(folder / "s.safetensors", &read).ok());
+  EXPECT_EQ(read, notes);
+  EXPECT_EQ(stream.position(), 4);
+}
+
 // Every refusal names its reason and leaves the stream as it was.
 class RefusedStreamFile : public ::testing::Test {
  protected:

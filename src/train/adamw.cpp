@@ -10,7 +10,8 @@ using Tensors = std::vector<at::Tensor>;
 
 }  // namespace
 
-AdamW::AdamW(const std::vector<std::pair<std::string, at::Tensor>>& parameters, const AdamWOptions& options)
+AdamW::AdamW(const std::vector<std::pair<std::string, at::Tensor>>& parameters,
+             const AdamWOptions& options)
     : options_(options) {
   c10::NoGradGuard no_grad;
   for (const auto& [name, parameter] : parameters) {
@@ -71,8 +72,9 @@ void AdamW::step(double lr) {
     }
     if (masters.empty()) continue;
     at::_foreach_add_(steps, 1);
-    at::_fused_adamw_(masters, gradients, exp_avgs, exp_avg_sqs, /*max_exp_avg_sqs=*/{}, steps, lr, options_.beta1,
-                      options_.beta2, decays ? options_.weight_decay : 0.0, options_.eps, /*amsgrad=*/false,
+    at::_fused_adamw_(masters, gradients, exp_avgs, exp_avg_sqs, /*max_exp_avg_sqs=*/{}, steps, lr,
+                      options_.beta1, options_.beta2, decays ? options_.weight_decay : 0.0,
+                      options_.eps, /*amsgrad=*/false,
                       /*maximize=*/false);
   }
   if (has_masters_) {
@@ -116,10 +118,12 @@ Status AdamW::restore(const TensorMap& tensors) {
     if (found == tensors.end()) return invalid_argument("optimizer state: ", name, " is missing");
     if (found->second.sizes() != own.sizes() || found->second.scalar_type() != own.scalar_type())
       return invalid_argument("optimizer state: ", name, " is ", found->second.scalar_type(), " ",
-                              found->second.sizes(), "; this model needs ", own.scalar_type(), " ", own.sizes());
+                              found->second.sizes(), "; this model needs ", own.scalar_type(), " ",
+                              own.sizes());
   }
   for (const auto& [name, tensor] : tensors)
-    if (!mine.contains(name)) return invalid_argument("optimizer state: ", name, " belongs to no parameter");
+    if (!mine.contains(name))
+      return invalid_argument("optimizer state: ", name, " belongs to no parameter");
   for (const auto& [name, own] : mine) at::Tensor(own).copy_(tensors.at(name));
   if (has_masters_)
     for (auto& slot : slots_) slot.parameter.copy_(slot.master);

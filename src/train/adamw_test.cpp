@@ -16,7 +16,8 @@ at::Tensor parameter(at::IntArrayRef shape, at::ScalarType dtype = at::kDouble) 
 }
 
 void expect_close(const at::Tensor& a, const at::Tensor& b, double tolerance) {
-  EXPECT_LE((a.detach().to(at::kDouble) - b.detach().to(at::kDouble)).abs().max().item<double>(), tolerance);
+  EXPECT_LE((a.detach().to(at::kDouble) - b.detach().to(at::kDouble)).abs().max().item<double>(),
+            tolerance);
 }
 
 TEST(AdamW, FollowsTheTextbookFormula) {
@@ -24,7 +25,8 @@ TEST(AdamW, FollowsTheTextbookFormula) {
   const AdamWOptions options{.beta1 = 0.8, .beta2 = 0.97, .eps = 1e-6, .weight_decay = 0.3};
   at::Tensor matrix = parameter({5, 7}), vector = parameter({11});
   at::Tensor p[2] = {matrix.detach().clone(), vector.detach().clone()};
-  at::Tensor m[2] = {at::zeros_like(p[0]), at::zeros_like(p[1])}, v[2] = {at::zeros_like(p[0]), at::zeros_like(p[1])};
+  at::Tensor m[2] = {at::zeros_like(p[0]), at::zeros_like(p[1])},
+             v[2] = {at::zeros_like(p[0]), at::zeros_like(p[1])};
   AdamW adamw({{"matrix", matrix}, {"vector", vector}}, options);
   for (int t = 1; t <= 5; ++t) {
     const double lr = 0.01 * t;

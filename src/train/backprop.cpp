@@ -13,8 +13,10 @@ namespace everlong {
 namespace {
 
 // int32 values of a batch as int64 [B, T] on the device.
-at::Tensor to_device(const std::vector<std::int32_t>& values, const Batch& batch, at::Device device) {
-  auto* const data = const_cast<std::int32_t*>(values.data());  // from_blob has no const form; it is only read
+at::Tensor to_device(const std::vector<std::int32_t>& values, const Batch& batch,
+                     at::Device device) {
+  auto* const data =
+      const_cast<std::int32_t*>(values.data());  // from_blob has no const form; it is only read
   return at::from_blob(data, {batch.rows, batch.tokens}, at::kInt).to(device).to(at::kLong);
 }
 
@@ -43,7 +45,8 @@ Carry carry_from_name(const std::string& name) {
 }
 
 std::vector<SegmentPlan> plan_segments(const Batch& batch, std::int64_t segment_tokens) {
-  const std::int64_t step = segment_tokens > 0 ? std::min(segment_tokens, batch.tokens) : batch.tokens;
+  const std::int64_t step =
+      segment_tokens > 0 ? std::min(segment_tokens, batch.tokens) : batch.tokens;
   const auto& starts = batch.document_starts;
   std::vector<SegmentPlan> plans;
   for (std::int64_t first = 0; first < batch.tokens; first += step) {
@@ -53,7 +56,8 @@ std::vector<SegmentPlan> plan_segments(const Batch& batch, std::int64_t segment_
       const std::int64_t from = row * batch.tokens + first, to = from + plan.tokens;
       auto start = std::ranges::lower_bound(starts, from);
       const bool starts_here = start != starts.end() && *start == from;
-      const bool goes_on = first == 0 ? batch.row_continues[static_cast<std::size_t>(row)] != 0 : !starts_here;
+      const bool goes_on =
+          first == 0 ? batch.row_continues[static_cast<std::size_t>(row)] != 0 : !starts_here;
       offsets.push_back(row * plan.tokens);
       plan.enter.push_back(goes_on ? row : -1);
       for (start += starts_here ? 1 : 0; start != starts.end() && *start < to; ++start) {
@@ -70,7 +74,8 @@ std::vector<SegmentPlan> plan_segments(const Batch& batch, std::int64_t segment_
 }
 
 ModelState Backprop::entering(const ModelState& carried, const SegmentPlan& plan) const {
-  return is_identity(plan.enter, carried.sequences()) ? carried.clone() : carried.select(plan.enter);
+  return is_identity(plan.enter, carried.sequences()) ? carried.clone()
+                                                      : carried.select(plan.enter);
 }
 
 at::Tensor Backprop::hidden(const Line& line, const SegmentPlan& plan, ModelState* state) {
@@ -86,7 +91,8 @@ at::Tensor Backprop::loss(const Line& line, const SegmentPlan& plan, ModelState*
 
 at::Tensor Backprop::score(const Batch& batch) {
   c10::NoGradGuard no_grad;
-  const Line line{to_device(batch.inputs, batch, device_), to_device(batch.targets, batch, device_)};
+  const Line line{to_device(batch.inputs, batch, device_),
+                  to_device(batch.targets, batch, device_)};
   if (!carried_ || carried_->sequences() != batch.rows) carried_ = model_.make_state(batch.rows);
   at::Tensor total;
   for (const auto& plan : plan_segments(batch, segment_tokens_)) {
@@ -98,8 +104,10 @@ at::Tensor Backprop::score(const Batch& batch) {
   return total;
 }
 
-at::Tensor Backprop::run(const Batch& batch, double scale, const std::function<void()>& after_backward) {
-  const Line line{to_device(batch.inputs, batch, device_), to_device(batch.targets, batch, device_)};
+at::Tensor Backprop::run(const Batch& batch, double scale,
+                         const std::function<void()>& after_backward) {
+  const Line line{to_device(batch.inputs, batch, device_),
+                  to_device(batch.targets, batch, device_)};
   const auto plans = plan_segments(batch, carry_ == Carry::kNone ? 0 : segment_tokens_);
   if (carry_ == Carry::kNone) {
     const at::Tensor nll = loss(line, plans.front(), nullptr);
@@ -112,8 +120,8 @@ at::Tensor Backprop::run(const Batch& batch, double scale, const std::function<v
                                     : run_exact(line, plans, scale, after_backward);
 }
 
-at::Tensor Backprop::run_detached(const Line& line, const std::vector<SegmentPlan>& plans, double scale,
-                                  const std::function<void()>& after_backward) {
+at::Tensor Backprop::run_detached(const Line& line, const std::vector<SegmentPlan>& plans,
+                                  double scale, const std::function<void()>& after_backward) {
   at::Tensor total;
   for (const auto& plan : plans) {
     ModelState state = entering(*carried_, plan);
@@ -127,8 +135,8 @@ at::Tensor Backprop::run_detached(const Line& line, const std::vector<SegmentPla
   return total;
 }
 
-at::Tensor Backprop::run_exact(const Line& line, const std::vector<SegmentPlan>& plans, double scale,
-                               const std::function<void()>& after_backward) {
+at::Tensor Backprop::run_exact(const Line& line, const std::vector<SegmentPlan>& plans,
+                               double scale, const std::function<void()>& after_backward) {
   std::vector<ModelState> borders;  // the rows' state before each segment
   borders.push_back(carried_->clone());
   {

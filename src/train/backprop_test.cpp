@@ -33,7 +33,8 @@ std::shared_ptr<Decoder> make_model(const std::vector<std::string>& layers) {
 const std::vector<std::vector<std::string>> kModels = {
     {"lightning", "lightning"}, {"softmax", "softmax"}, {"lightning", "softmax"}};
 
-// Random tokens. `documents`: columns in which a document starts, for each row; the target before a start is ignored.
+// Random tokens. `documents`: columns in which a document starts, for each row; the target before a
+// start is ignored.
 Batch make_batch(std::int64_t rows, std::int64_t tokens, unsigned seed,
                  const std::vector<std::vector<std::int64_t>>& documents = {}) {
   Batch batch{.rows = rows, .tokens = tokens};
@@ -56,18 +57,21 @@ Batch make_batch(std::int64_t rows, std::int64_t tokens, unsigned seed,
 }
 
 // The columns [first, first + tokens) of some rows as a batch of its own.
-Batch cut(const Batch& whole, std::int64_t row, std::int64_t rows, std::int64_t first, std::int64_t tokens,
-          bool continues) {
+Batch cut(const Batch& whole, std::int64_t row, std::int64_t rows, std::int64_t first,
+          std::int64_t tokens, bool continues) {
   Batch part{.rows = rows, .tokens = tokens};
   for (std::int64_t b = 0; b < rows; ++b) {
     const std::int64_t from = (row + b) * whole.tokens + first;
     part.document_starts.push_back(b * tokens);
     for (const auto start : whole.document_starts)
-      if (start > from && start < from + tokens) part.document_starts.push_back(b * tokens + start - from);
-    part.inputs.insert(part.inputs.end(), whole.inputs.begin() + from, whole.inputs.begin() + from + tokens);
+      if (start > from && start < from + tokens)
+        part.document_starts.push_back(b * tokens + start - from);
+    part.inputs.insert(part.inputs.end(), whole.inputs.begin() + from,
+                       whole.inputs.begin() + from + tokens);
     part.targets.insert(part.targets.end(), whole.targets.begin() + from,
-                           whole.targets.begin() + from + tokens);
-    const bool starts_here = std::ranges::find(whole.document_starts, from) != whole.document_starts.end();
+                        whole.targets.begin() + from + tokens);
+    const bool starts_here =
+        std::ranges::find(whole.document_starts, from) != whole.document_starts.end();
     part.row_continues.push_back(continues && !starts_here ? 1 : 0);
   }
   return part;
@@ -83,13 +87,15 @@ Outcome outcome(Decoder& model, double loss) {
   Outcome out{loss, {}};
   for (auto& entry : model.named_parameters()) {
     at::Tensor parameter = entry.value();
-    out.gradients[entry.key()] = parameter.grad().defined() ? parameter.grad() : at::zeros_like(parameter).detach();
+    out.gradients[entry.key()] =
+        parameter.grad().defined() ? parameter.grad() : at::zeros_like(parameter).detach();
     parameter.mutable_grad().reset();
   }
   return out;
 }
 
-Outcome run(Decoder& model, const std::vector<Batch>& batches, Carry carry, std::int64_t segment_tokens) {
+Outcome run(Decoder& model, const std::vector<Batch>& batches, Carry carry,
+            std::int64_t segment_tokens) {
   Backprop backprop(model, at::kCPU, carry, segment_tokens);
   double loss = 0;
   for (const auto& batch : batches) loss += backprop.run(batch, 0.1).item<double>();
@@ -107,7 +113,8 @@ void expect_same(const Outcome& a, const Outcome& b) {
   EXPECT_NEAR(a.loss, b.loss, kFp64);
   EXPECT_LE(difference(a, b), kFp64);
   double largest = 0;
-  for (const auto& [name, gradient] : b.gradients) largest = std::max(largest, gradient.abs().max().item<double>());
+  for (const auto& [name, gradient] : b.gradients)
+    largest = std::max(largest, gradient.abs().max().item<double>());
   EXPECT_GT(largest, 1e-3);  // or the comparison says nothing
 }
 
@@ -127,15 +134,16 @@ TEST(Backprop, PackedRowsEqualSeparateDocuments) {
 TEST(Backprop, TwoHalfBatchesEqualOneFullBatch) {
   const auto model = make_model({"lightning", "softmax"});
   const Batch full = make_batch(4, 9, 2);
-  expect_same(run(*model, {cut(full, 0, 2, 0, 9, false), cut(full, 2, 2, 0, 9, false)}, Carry::kNone, 0),
-              run(*model, {full}, Carry::kNone, 0));
+  expect_same(
+      run(*model, {cut(full, 0, 2, 0, 9, false), cut(full, 2, 2, 0, 9, false)}, Carry::kNone, 0),
+      run(*model, {full}, Carry::kNone, 0));
 }
 
 TEST(Backprop, ExactSegmentsGiveTheGradientsOfTheWholeRow) {
   for (const auto& layers : kModels) {
     const auto model = make_model(layers);
-    for (const auto& documents :
-         std::vector<std::vector<std::vector<std::int64_t>>>{{}, {{4, 10, 17}, {15}}, {{10}, {10}}}) {
+    for (const auto& documents : std::vector<std::vector<std::vector<std::int64_t>>>{
+             {}, {{4, 10, 17}, {15}}, {{10}, {10}}}) {
       const Batch row = make_batch(2, 23, 3, documents);
       expect_same(run(*model, {row}, Carry::kExact, 5), run(*model, {row}, Carry::kNone, 0));
       model->set_checkpointing(true);
@@ -161,7 +169,8 @@ TEST(Backprop, DetachedSegmentsKeepTheLossAndCutTheGradient) {
     EXPECT_NEAR(whole.loss, segments.loss, kFp64);
     EXPECT_GT(difference(whole, segments), 1e-6);
     // Rows that go on in the next batch are the same thing.
-    const auto batches = run(*model, {cut(row, 0, 2, 0, 10, false), cut(row, 0, 2, 10, 10, true)}, Carry::kDetached, 5);
+    const auto batches = run(*model, {cut(row, 0, 2, 0, 10, false), cut(row, 0, 2, 10, 10, true)},
+                             Carry::kDetached, 5);
     expect_same(batches, segments);
   }
 }
@@ -169,7 +178,8 @@ TEST(Backprop, DetachedSegmentsKeepTheLossAndCutTheGradient) {
 TEST(Backprop, RowsThatDoNotContinueStartFresh) {
   const auto model = make_model({"lightning", "softmax"});
   const Batch first = make_batch(2, 8, 7), second = make_batch(2, 8, 8);
-  expect_same(run(*model, {first, second}, Carry::kDetached, 0), run(*model, {first, second}, Carry::kNone, 0));
+  expect_same(run(*model, {first, second}, Carry::kDetached, 0),
+              run(*model, {first, second}, Carry::kNone, 0));
 }
 
 TEST(Backprop, ScoreIsTheLossOfOneStream) {
@@ -181,7 +191,8 @@ TEST(Backprop, ScoreIsTheLossOfOneStream) {
                       scorer.score(cut(row, 0, 1, 6, 7, true)).item<double>() +
                       scorer.score(cut(row, 0, 1, 13, 7, true)).item<double>();
   EXPECT_NEAR(loss, whole.loss, kFp64);
-  EXPECT_EQ(difference(outcome(*model, 0), Outcome{0, whole.gradients}) > 0, true);  // no gradients were left
+  EXPECT_EQ(difference(outcome(*model, 0), Outcome{0, whole.gradients}) > 0,
+            true);  // no gradients were left
 }
 
 TEST(Backprop, SegmentsWithoutInnerDocumentsStayUnpacked) {

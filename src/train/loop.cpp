@@ -16,10 +16,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
-// One JSON object a line. The newest is held back until the next one comes or the run ends, whichever way, so that
-// the last evaluation joins the last step's line.
+// One JSON object a line. The newest is held back until the next one comes or the run ends,
+// whichever way, so that the last evaluation joins the last step's line.
 class Log {
  public:
   explicit Log(const fs::path& path) : path_(path), file_(path, std::ios::trunc) {}
@@ -57,7 +59,10 @@ struct Interval {
 class Loop {
  public:
   Loop(const RunFile& run, const TrainHooks& hooks, std::unique_ptr<Trainer> trainer)
-      : run_(run), hooks_(hooks), trainer_(std::move(trainer)), log_(fs::path(run.out.folder) / "log.jsonl"),
+      : run_(run),
+        hooks_(hooks),
+        trainer_(std::move(trainer)),
+        log_(fs::path(run.out.folder) / "log.jsonl"),
         progress_("train", run.train.steps, "steps") {}
 
   Result<TrainReport> run() {
@@ -98,7 +103,8 @@ class Loop {
     return {};
   }
 
-  Status record(const StepReport& report, const std::optional<Evaluation>& evaluation, double interval_seconds) {
+  Status record(const StepReport& report, const std::optional<Evaluation>& evaluation,
+                double interval_seconds) {
     const auto memory = device_memory(trainer_->device());
     nlohmann::ordered_json line = {
         {"step", report.step},
@@ -119,9 +125,12 @@ class Loop {
     const double fraction = trainer_->schedule().fraction(report.step, seconds);
     const auto total = static_cast<std::int64_t>(static_cast<double>(report.step) / fraction + 0.5);
     progress_.set_total(std::min(total, run_.train.steps));
-    const auto speed = static_cast<std::int64_t>(static_cast<double>(trainer_->tokens_done()) / seconds);
-    progress_.update(report.step, cat("loss ", fixed(recent_loss(), 3), ", ", with_commas(speed), " tokens/s",
-                                      valid_ ? cat(", valid ", fixed(valid_->bits_per_byte, 3), " bits/byte") : ""));
+    const auto speed =
+        static_cast<std::int64_t>(static_cast<double>(trainer_->tokens_done()) / seconds);
+    progress_.update(
+        report.step,
+        cat("loss ", fixed(recent_loss(), 3), ", ", with_commas(speed), " tokens/s",
+            valid_ ? cat(", valid ", fixed(valid_->bits_per_byte, 3), " bits/byte") : ""));
   }
 
   // None when there is nothing to evaluate on.
@@ -140,8 +149,10 @@ class Loop {
   Status stop() {
     EVERLONG_RETURN_IF_ERROR(trainer_->save());
     progress_.finish();
-    return {StatusCode::kInterrupted, cat("stopped after step ", trainer_->steps_done(), "; the model as it is now "
-                                          "is in ", trainer_->model_folder().string())};
+    return {StatusCode::kInterrupted, cat("stopped after step ", trainer_->steps_done(),
+                                          "; the model as it is now "
+                                          "is in ",
+                                          trainer_->model_folder().string())};
   }
 
   Result<TrainReport> finish() {
@@ -150,8 +161,9 @@ class Loop {
     EVERLONG_RETURN_IF_ERROR(trainer_->save());
     EVERLONG_ASSIGN(report.valid, evaluate());
     progress_.set_total(trainer_->steps_done());
-    progress_.finish(cat("loss ", fixed(recent_loss(), 3),
-                         valid_ ? cat(", valid ", fixed(valid_->bits_per_byte, 3), " bits/byte") : ""));
+    progress_.finish(
+        cat("loss ", fixed(recent_loss(), 3),
+            valid_ ? cat(", valid ", fixed(valid_->bits_per_byte, 3), " bits/byte") : ""));
     if (report.valid && !log_.newest().is_null()) add_evaluation(log_.newest(), *report.valid);
     EVERLONG_RETURN_IF_ERROR(log_.flush());
     report.model_folder = trainer_->model_folder();
@@ -184,8 +196,10 @@ Result<TrainReport> train(const RunFile& run, const TrainHooks& hooks) try {
   EVERLONG_RETURN_IF_ERROR(write_file(folder / "run.toml", run.to_toml()));
   return Loop(run, hooks, std::move(trainer)).run();
 } catch (const c10::OutOfMemoryError&) {
-  return unsupported("the device is out of memory; lower data.rows, data.row_tokens or train.segment_tokens, or set "
-                     "train.checkpointing = true");
+  return unsupported(
+      "the device is out of memory; lower data.rows, data.row_tokens or train.segment_tokens, or "
+      "set "
+      "train.checkpointing = true");
 } catch (const c10::Error& error) {
   return invalid_argument(error.what_without_backtrace());
 }

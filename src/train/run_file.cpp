@@ -91,8 +91,8 @@ class Document {
                                const std::vector<std::string>& overrides) {
     auto parsed = toml::parse(text, name);
     if (!parsed)
-      return invalid_argument(name, ":", parsed.error().source().begin.line, ": is not TOML: ",
-                              parsed.error().description());
+      return invalid_argument(name, ":", parsed.error().source().begin.line,
+                              ": is not TOML: ", parsed.error().description());
     Document document(name, std::move(parsed).table());
     for (const auto& text_of_override : overrides)
       EVERLONG_RETURN_IF_ERROR(document.lay_over(text_of_override));
@@ -119,18 +119,21 @@ class Document {
     const auto equals = text.find('=');
     const std::string path = text.substr(0, equals);
     if (equals == std::string::npos || path.find('.') == std::string::npos)
-      return invalid_argument("--set ", text, ": section.key=value is needed, as in train.steps=500");
+      return invalid_argument("--set ", text,
+                              ": section.key=value is needed, as in train.steps=500");
     toml::table* table = &root_;
     std::size_t from = 0;
     for (auto dot = path.find('.'); dot != std::string::npos; dot = path.find('.', from)) {
       const std::string part = path.substr(from, dot - from);
       auto* inner = table->insert(part, toml::table{}).first->second.as_table();
-      if (inner == nullptr) return invalid_argument("--set ", text, ": ", part, " is a value, not a section");
+      if (inner == nullptr)
+        return invalid_argument("--set ", text, ": ", part, " is a value, not a section");
       table = inner;
       from = dot + 1;
     }
     const std::string value = text.substr(equals + 1), key = path.substr(from);
-    if (auto parsed = toml::parse(cat("value = ", value, "\n")); parsed && parsed.table().size() == 1) {
+    if (auto parsed = toml::parse(cat("value = ", value, "\n"));
+        parsed && parsed.table().size() == 1) {
       table->insert_or_assign(key, std::move(*parsed.table().get("value")));
     } else {
       table->insert_or_assign(key, value);
@@ -151,10 +154,12 @@ class Reader {
 
   void section(const std::string& name) { section_ = name; }
   void text(const std::string& key, std::string& value) {
-    if (const auto* node = find(key)) read(key, *node, node->as_string(), value, "a text is needed");
+    if (const auto* node = find(key))
+      read(key, *node, node->as_string(), value, "a text is needed");
   }
   void boolean(const std::string& key, bool& value) {
-    if (const auto* node = find(key)) read(key, *node, node->as_boolean(), value, "true or false is needed");
+    if (const auto* node = find(key))
+      read(key, *node, node->as_boolean(), value, "true or false is needed");
   }
   void choice(const std::string& key, std::string& value, const std::vector<std::string>& allowed) {
     const auto* node = find(key);
@@ -164,8 +169,9 @@ class Reader {
       value = given->get();
       return;
     }
-    fail(key, *node, cat("is not allowed; one of: ", join(allowed, ", "),
-                         given != nullptr ? hint(nearest(given->get(), allowed)) : ""));
+    fail(key, *node,
+         cat("is not allowed; one of: ", join(allowed, ", "),
+             given != nullptr ? hint(nearest(given->get(), allowed)) : ""));
   }
   void integer(const std::string& key, std::int64_t& value, std::int64_t min, std::int64_t max) {
     const auto* node = find(key);
@@ -182,7 +188,8 @@ class Reader {
   void number(const std::string& key, double& value, double min, double max) {
     const auto* node = find(key);
     if (node == nullptr) return;
-    const double given = node->is_number() ? node->value<double>().value_or(std::nan("")) : std::nan("");
+    const double given =
+        node->is_number() ? node->value<double>().value_or(std::nan("")) : std::nan("");
     if (given >= min && given <= max) {
       value = given;
       return;
@@ -196,8 +203,9 @@ class Reader {
     for (const auto& [name, node] : document_.root()) {
       const std::string section(name.str());
       if (std::ranges::find(kSections, section) == kSections.end())
-        return invalid_argument(document_.place(section, node), ": ", section, " is not a section; known: ",
-                                join(kSections, ", "), hint(nearest(section, kSections)));
+        return invalid_argument(document_.place(section, node), ": ", section,
+                                " is not a section; known: ", join(kSections, ", "),
+                                hint(nearest(section, kSections)));
       if (!node.is_table())
         return invalid_argument(document_.place(section, node), ": ", section, " = ", shown(node),
                                 " is not allowed; [", section, "] opens a section of settings");
@@ -206,8 +214,9 @@ class Reader {
       for (const auto& [key_of_node, value] : *node.as_table()) {
         const std::string key(key_of_node.str());
         if (std::ranges::find(known, key) == known.end())
-          return invalid_argument(document_.place(section + "." + key, value), ": ", section, ".", key,
-                                  " is not a setting; known: ", join(known, ", "), hint(nearest(key, known)));
+          return invalid_argument(document_.place(section + "." + key, value), ": ", section, ".",
+                                  key, " is not a setting; known: ", join(known, ", "),
+                                  hint(nearest(key, known)));
       }
     }
     return {};
@@ -219,7 +228,8 @@ class Reader {
     return document_.find(section_, key);
   }
   template <class Given, class T>
-  void read(const std::string& key, const toml::node& node, const Given* given, T& value, const char* needed) {
+  void read(const std::string& key, const toml::node& node, const Given* given, T& value,
+            const char* needed) {
     if (given != nullptr) {
       value = given->get();
     } else {
@@ -229,7 +239,8 @@ class Reader {
   void fail(const std::string& key, const toml::node& node, const std::string& why) {
     if (!first_error_.ok()) return;
     const std::string path = section_ + "." + key;
-    first_error_ = invalid_argument(document_.place(path, node), ": ", path, " = ", shown(node), " ", why);
+    first_error_ =
+        invalid_argument(document_.place(path, node), ": ", path, " = ", shown(node), " ", why);
   }
 
   const Document& document_;
@@ -242,12 +253,18 @@ class Writer {
  public:
   void section(const std::string& name) { out_ += cat(out_.empty() ? "" : "\n", "[", name, "]\n"); }
   void text(const std::string& key, const std::string& value) { line(key, value); }
-  void choice(const std::string& key, const std::string& value, const std::vector<std::string>&) { line(key, value); }
+  void choice(const std::string& key, const std::string& value, const std::vector<std::string>&) {
+    line(key, value);
+  }
   void boolean(const std::string& key, bool value) { line(key, value); }
-  void integer(const std::string& key, std::int64_t value, std::int64_t, std::int64_t) { line(key, value); }
+  void integer(const std::string& key, std::int64_t value, std::int64_t, std::int64_t) {
+    line(key, value);
+  }
   void number(const std::string& key, double value, double, double) { line(key, value); }
   // JSON's scalars and arrays are TOML as they stand.
-  void line(const std::string& key, const nlohmann::json& value) { out_ += cat(key, " = ", value.dump(), "\n"); }
+  void line(const std::string& key, const nlohmann::json& value) {
+    out_ += cat(key, " = ", value.dump(), "\n");
+  }
   void table(const std::string& name, const nlohmann::json& object) {
     section(name);
     for (const auto& [key, value] : object.items())
@@ -267,18 +284,20 @@ Status settle_layers(nlohmann::json& model) {
   if (model.contains("num_hidden_layers")) {
     const auto& given = model["num_hidden_layers"];
     if (!given.is_number_integer() || given < 1 || given > 4096)
-      return invalid_argument("num_hidden_layers = ", given.dump(), " is not a whole number; allowed: 1 to 4096");
+      return invalid_argument("num_hidden_layers = ", given.dump(),
+                              " is not a whole number; allowed: 1 to 4096");
     layers = given;
   }
   if (!model.contains("layer_types"))
-    return invalid_argument("layer_types is missing; a list of mechanisms, or a pattern such as "
-                            "\"lightning*3,softmax\" with num_hidden_layers, is needed");
+    return invalid_argument(
+        "layer_types is missing; a list of mechanisms, or a pattern such as "
+        "\"lightning*3,softmax\" with num_hidden_layers, is needed");
   auto& types = model["layer_types"];
   if (types.is_string()) {
     EVERLONG_ASSIGN(types, expand_layer_pattern(types, layers));
   } else if (layers != 0 && types.is_array() && static_cast<std::int64_t>(types.size()) != layers) {
-    return invalid_argument("layer_types lists ", types.size(), " layers, num_hidden_layers = ", layers,
-                            "; drop one of the two");
+    return invalid_argument("layer_types lists ", types.size(),
+                            " layers, num_hidden_layers = ", layers, "; drop one of the two");
   }
   model.erase("num_hidden_layers");
   return {};
@@ -287,7 +306,8 @@ Status settle_layers(nlohmann::json& model) {
 Result<ModelConfig> read_model(const Document& document) {
   const auto* table = document.root().get_as<toml::table>("model");
   auto model = to_json(*table);
-  // The reader of config.json opens a message with the key, and only this file knows the key's line.
+  // The reader of config.json opens a message with the key, and only this file knows the key's
+  // line.
   const auto with_line = [&](const Status& status) {
     const toml::node* best = table;
     std::string path = "model";
@@ -314,26 +334,35 @@ Status check_together(const RunFile& run) {
   if (run.data.path.empty())
     return bad("data.path is missing; give the folder that `everlong data prepare` wrote");
   if (train.warmup_steps >= train.steps)
-    return bad("train.warmup_steps = ", train.warmup_steps, " must be less than train.steps = ", train.steps);
+    return bad("train.warmup_steps = ", train.warmup_steps,
+               " must be less than train.steps = ", train.steps);
   const bool segments = train.segment_tokens != 0 && train.segment_tokens < run.data.row_tokens;
   if (segments && train.carry == "none")
-    return bad("train.segment_tokens = ", train.segment_tokens, " cuts rows of data.row_tokens = ",
-               run.data.row_tokens, ", so a state must go from segment to segment: set train.carry to "
+    return bad("train.segment_tokens = ", train.segment_tokens,
+               " cuts rows of data.row_tokens = ", run.data.row_tokens,
+               ", so a state must go from segment to segment: set train.carry to "
                "\"detached\" or \"exact\"");
   if (!segments && train.carry == "exact")
-    return bad("train.carry = \"exact\" passes gradients between the segments of a row, but a row is one segment: "
-               "set train.segment_tokens below data.row_tokens = ", run.data.row_tokens);
+    return bad(
+        "train.carry = \"exact\" passes gradients between the segments of a row, but a row is one "
+        "segment: "
+        "set train.segment_tokens below data.row_tokens = ",
+        run.data.row_tokens);
   if (!segments && train.carry == "detached" && run.data.packing == "shuffled")
-    return bad("train.carry = \"detached\" has nothing to carry: shuffled rows do not continue; set data.packing to "
-               "\"packed\" or train.segment_tokens below data.row_tokens");
+    return bad(
+        "train.carry = \"detached\" has nothing to carry: shuffled rows do not continue; set "
+        "data.packing to "
+        "\"packed\" or train.segment_tokens below data.row_tokens");
   return {};
 }
 
 }  // namespace
 
-Result<std::vector<std::string>> expand_layer_pattern(const std::string& pattern, std::int64_t layers) {
+Result<std::vector<std::string>> expand_layer_pattern(const std::string& pattern,
+                                                      std::int64_t layers) {
   const auto bad = [&](const auto&... why) {
-    return invalid_argument("layer_types = \"", pattern, "\": ", why..., "; a pattern reads \"lightning*3,softmax\"");
+    return invalid_argument("layer_types = \"", pattern, "\": ", why...,
+                            "; a pattern reads \"lightning*3,softmax\"");
   };
   std::vector<std::string> period;
   std::istringstream parts(pattern + ",");
@@ -342,7 +371,8 @@ Result<std::vector<std::string>> expand_layer_pattern(const std::string& pattern
     std::int64_t times = 1;
     if (const auto star = part.find('*'); star != std::string::npos) {
       const auto count = parse_count(part.substr(star + 1));
-      if (!count || *count < 1 || *count > 4096) return bad("\"", part, "\" does not say how often (1 to 4096)");
+      if (!count || *count < 1 || *count > 4096)
+        return bad("\"", part, "\" does not say how often (1 to 4096)");
       times = *count;
       part.resize(star);
     }
@@ -351,7 +381,8 @@ Result<std::vector<std::string>> expand_layer_pattern(const std::string& pattern
   }
   if (layers == 0) return period;
   std::vector<std::string> all;
-  for (std::int64_t i = 0; i < layers; ++i) all.push_back(period[static_cast<std::size_t>(i) % period.size()]);
+  for (std::int64_t i = 0; i < layers; ++i)
+    all.push_back(period[static_cast<std::size_t>(i) % period.size()]);
   return all;
 }
 
@@ -366,12 +397,13 @@ Result<RunFile> RunFile::parse(std::string_view toml, const std::string& name,
   const bool has_model = document.root().contains("model");
   if (run.train.from_model.empty()) {
     if (!has_model)
-      return invalid_argument(name, ": [model] is missing; describe the model, or continue one with train.from_model");
+      return invalid_argument(
+          name, ": [model] is missing; describe the model, or continue one with train.from_model");
     EVERLONG_ASSIGN(run.model, read_model(document));
   } else if (has_model) {
     return invalid_argument(document.place("model", *document.root().get("model")),
-                            ": [model] and train.from_model exclude each other: the folder ", run.train.from_model,
-                            " has its own config.json");
+                            ": [model] and train.from_model exclude each other: the folder ",
+                            run.train.from_model, " has its own config.json");
   }
   EVERLONG_RETURN_IF_ERROR(check_together(run));
   return run;

@@ -16,7 +16,7 @@
 namespace everlong {
 
 struct DataSettings {
-  std::string path;                // a folder of `everlong data prepare`; relative to the current folder
+  std::string path;  // a folder of `everlong data prepare`; relative to the current folder
   std::string packing = "packed";  // "packed": rows continue from batch to batch; "shuffled"
   std::int64_t row_tokens = 256;
   std::int64_t rows = 16;  // rows a batch
@@ -38,12 +38,14 @@ struct TrainSettings {
   std::int64_t seed = 1;
   std::int64_t threads = 0;  // 0: torch's choice
   bool checkpointing = false;
-  // "none": every row starts fresh. "detached": state goes from row to row and segment to segment, gradients do not.
-  // "exact": gradients also pass through the segments of a row, at the memory of one segment.
+  // "none": every row starts fresh. "detached": state goes from row to row and segment to segment,
+  // gradients do not. "exact": gradients also pass through the segments of a row, at the memory of
+  // one segment.
   std::string carry = "none";
   std::int64_t segment_tokens = 0;  // rows are fed in segments of this many tokens; 0: whole rows
-  double max_seconds = 0;           // the run ends, its schedule finished, after this time; 0: by steps alone
-  std::int64_t eval_every = 0;      // steps; 0: after the last step only
+  double max_seconds =
+      0;  // the run ends, its schedule finished, after this time; 0: by steps alone
+  std::int64_t eval_every = 0;       // steps; 0: after the last step only
   std::int64_t eval_tokens = 65536;  // of the validation split; 0: none
   std::int64_t save_every = 0;       // steps; 0: at the end only
   std::int64_t log_every = 1;
@@ -60,8 +62,9 @@ struct RunFile {
   TrainSettings train;
   OutSettings out;
 
-  // Overrides are "section.key=value" as `--set` gives them: the value is TOML, or plain text ("1K" counts as 1024
-  // where a whole number is wanted). Unknown keys and wrong types are refused with file and line.
+  // Overrides are "section.key=value" as `--set` gives them: the value is TOML, or plain text ("1K"
+  // counts as 1024 where a whole number is wanted). Unknown keys and wrong types are refused with
+  // file and line.
   static Result<RunFile> read(const fs::path& path, const std::vector<std::string>& overrides);
   static Result<RunFile> parse(std::string_view toml, const std::string& name,
                                const std::vector<std::string>& overrides);
@@ -70,6 +73,7 @@ struct RunFile {
 };
 
 // "lightning*3,softmax" repeated until it fills `layers` layers.
-Result<std::vector<std::string>> expand_layer_pattern(const std::string& pattern, std::int64_t layers);
+Result<std::vector<std::string>> expand_layer_pattern(const std::string& pattern,
+                                                      std::int64_t layers);
 
 }  // namespace everlong

@@ -37,14 +37,16 @@ std::string replaced(std::string text, const std::string& from, const std::strin
 }
 
 void expect_has(const std::string& message, const std::vector<std::string>& parts) {
-  for (const auto& part : parts) EXPECT_NE(message.find(part), std::string::npos) << message << "\n  lacks: " << part;
+  for (const auto& part : parts)
+    EXPECT_NE(message.find(part), std::string::npos) << message << "\n  lacks: " << part;
 }
 
 TEST(RunFile, ReadsValuesAndKeepsDefaults) {
   const auto run = RunFile::parse(kRun, "run.toml", {});
   ASSERT_TRUE(run.ok()) << run.status().message();
   EXPECT_EQ(run->model.hidden_size, 64);
-  EXPECT_EQ(run->model.layer_types, (std::vector<std::string>{"lightning", "lightning", "lightning", "softmax"}));
+  EXPECT_EQ(run->model.layer_types,
+            (std::vector<std::string>{"lightning", "lightning", "lightning", "softmax"}));
   EXPECT_EQ(run->model.mechanisms.at("softmax").at("num_heads"), 2);
   EXPECT_EQ(run->data.path, "data/text");
   EXPECT_EQ(run->data.row_tokens, 128);
@@ -55,10 +57,11 @@ TEST(RunFile, ReadsValuesAndKeepsDefaults) {
 }
 
 TEST(RunFile, OverridesReplaceTomlTextAndCounts) {
-  const auto run = RunFile::parse(
-      kRun, "run.toml",
-      {"train.steps=500", "train.eval_tokens=1K", "train.checkpointing=true", "train.schedule=wsd",
-       "data.path=other/data-1", "out.folder=runs/x", "model.softmax.num_heads=4", "train.learning_rate=2"});
+  const auto run =
+      RunFile::parse(kRun, "run.toml",
+                     {"train.steps=500", "train.eval_tokens=1K", "train.checkpointing=true",
+                      "train.schedule=wsd", "data.path=other/data-1", "out.folder=runs/x",
+                      "model.softmax.num_heads=4", "train.learning_rate=2"});
   ASSERT_TRUE(run.ok()) << run.status().message();
   EXPECT_EQ(run->train.steps, 500);
   EXPECT_EQ(run->train.eval_tokens, 1024);
@@ -71,9 +74,12 @@ TEST(RunFile, OverridesReplaceTomlTextAndCounts) {
 }
 
 TEST(RunFile, UnknownKeysAreRefusedWithFileLineAndGuess) {
-  expect_has(refusal(replaced(kRun, "steps = 300", "stps = 300")), {"run.toml:17:", "train.stps", "\"steps\""});
-  expect_has(refusal(replaced(kRun, "[train]", "[tran]")), {"run.toml:16:", "tran is not a section", "\"train\""});
-  expect_has(refusal(replaced(kRun, "hidden_size", "hiden_size")), {"run.toml:4:", "hiden_size", "\"hidden_size\""});
+  expect_has(refusal(replaced(kRun, "steps = 300", "stps = 300")),
+             {"run.toml:17:", "train.stps", "\"steps\""});
+  expect_has(refusal(replaced(kRun, "[train]", "[tran]")),
+             {"run.toml:16:", "tran is not a section", "\"train\""});
+  expect_has(refusal(replaced(kRun, "hidden_size", "hiden_size")),
+             {"run.toml:4:", "hiden_size", "\"hidden_size\""});
   expect_has(refusal(kRun, {"train.sead=3"}), {"--set train.sead=3", "\"seed\""});
   expect_has(refusal(kRun, {"tran.seed=3"}), {"--set tran.seed=3", "\"train\""});
 }
@@ -81,12 +87,18 @@ TEST(RunFile, UnknownKeysAreRefusedWithFileLineAndGuess) {
 TEST(RunFile, WrongTypesAndValuesAreRefusedWithFileAndLine) {
   expect_has(refusal(replaced(kRun, "steps = 300", "steps = 3.5")),
              {"run.toml:17:", "train.steps = 3.5", "whole number from 1"});
-  expect_has(refusal(replaced(kRun, "steps = 300", "steps = 0")), {"run.toml:17:", "whole number from 1"});
-  expect_has(refusal(replaced(kRun, "1e-3", "\"fast\"")), {"run.toml:18:", "fast", "a number from 0"});
-  expect_has(refusal(replaced(kRun, "\"data/text\"", "5")), {"run.toml:13:", "data.path = 5", "a text is needed"});
-  expect_has(refusal(kRun, {"train.checkpointing=1"}), {"--set train.checkpointing=1", "true or false"});
-  expect_has(refusal(kRun, {"train.schedule=cosin"}), {"one of: cosine, wsd, constant", "\"cosine\""});
-  expect_has(refusal(replaced(kRun, "hidden_size = 64", "hidden_size = \"big\"")), {"run.toml:4:", "hidden_size"});
+  expect_has(refusal(replaced(kRun, "steps = 300", "steps = 0")),
+             {"run.toml:17:", "whole number from 1"});
+  expect_has(refusal(replaced(kRun, "1e-3", "\"fast\"")),
+             {"run.toml:18:", "fast", "a number from 0"});
+  expect_has(refusal(replaced(kRun, "\"data/text\"", "5")),
+             {"run.toml:13:", "data.path = 5", "a text is needed"});
+  expect_has(refusal(kRun, {"train.checkpointing=1"}),
+             {"--set train.checkpointing=1", "true or false"});
+  expect_has(refusal(kRun, {"train.schedule=cosin"}),
+             {"one of: cosine, wsd, constant", "\"cosine\""});
+  expect_has(refusal(replaced(kRun, "hidden_size = 64", "hidden_size = \"big\"")),
+             {"run.toml:4:", "hidden_size"});
   expect_has(refusal(replaced(kRun, "[train]", "[train")), {"run.toml:16:", "not TOML"});
   expect_has(refusal("train = 5\n"), {"run.toml:1:", "[train] opens a section"});
   expect_has(refusal(kRun, {"train.steps"}), {"--set train.steps", "section.key=value"});
@@ -98,13 +110,16 @@ TEST(RunFile, WhatDoesNotFitTogetherIsRefused) {
   expect_has(refusal(kRun, {"train.warmup_steps=300"}), {"warmup_steps = 300"});
   expect_has(refusal(kRun, {"train.segment_tokens=64"}), {"segment_tokens = 64", "detached"});
   expect_has(refusal(kRun, {"train.carry=exact"}), {"segment_tokens below"});
-  expect_has(refusal(kRun, {"train.carry=detached", "data.packing=shuffled"}), {"nothing to carry"});
-  expect_has(refusal(kRun, {"train.from_model=runs/a/model"}), {"run.toml:2:", "exclude each other"});
+  expect_has(refusal(kRun, {"train.carry=detached", "data.packing=shuffled"}),
+             {"nothing to carry"});
+  expect_has(refusal(kRun, {"train.from_model=runs/a/model"}),
+             {"run.toml:2:", "exclude each other"});
   expect_has(refusal("[data]\npath = \"x\"\n"), {"[model] is missing"});
 }
 
 TEST(RunFile, EffectiveFileReadsBackToTheSameRun) {
-  const auto run = RunFile::parse(kRun, "run.toml", {"train.eps=1e-9", "train.seed=7", "out.folder=a \"b\""});
+  const auto run =
+      RunFile::parse(kRun, "run.toml", {"train.eps=1e-9", "train.seed=7", "out.folder=a \"b\""});
   ASSERT_TRUE(run.ok()) << run.status().message();
   const std::string written = run->to_toml();
   const auto again = RunFile::parse(written, "again.toml", {});

@@ -18,11 +18,13 @@ double Schedule::fraction(std::int64_t step, double seconds) const {
 }
 
 double Schedule::rate(std::int64_t step, double seconds) const {
-  const double ramp = step < warmup_steps ? static_cast<double>(step + 1) / static_cast<double>(warmup_steps) : 1.0;
+  const double ramp =
+      step < warmup_steps ? static_cast<double>(step + 1) / static_cast<double>(warmup_steps) : 1.0;
   const double f = fraction(step, seconds);
   double height = 1;  // of shape, between min_lr_ratio (0) and 1 (1)
   if (kind == Kind::kCosine) {
-    const double start = std::min(static_cast<double>(warmup_steps) / static_cast<double>(steps), 1.0);
+    const double start =
+        std::min(static_cast<double>(warmup_steps) / static_cast<double>(steps), 1.0);
     const double done = start < 1 ? std::clamp((f - start) / (1 - start), 0.0, 1.0) : 1.0;
     height = 0.5 * (1 + std::cos(std::numbers::pi * done));
   } else if (kind == Kind::kWsd && decay_fraction > 0) {

@@ -10,12 +10,17 @@ namespace {
 constexpr double kExact = 1e-12;  // a handful of double operations
 
 Schedule schedule(Schedule::Kind kind) {
-  return {.kind = kind, .learning_rate = 2.0, .steps = 100, .warmup_steps = 10, .decay_fraction = 0.25,
+  return {.kind = kind,
+          .learning_rate = 2.0,
+          .steps = 100,
+          .warmup_steps = 10,
+          .decay_fraction = 0.25,
           .min_lr_ratio = 0.1};
 }
 
 TEST(Schedule, WarmUpRisesLinearlyAndNeverStartsAtZero) {
-  for (const auto kind : {Schedule::Kind::kCosine, Schedule::Kind::kWsd, Schedule::Kind::kConstant}) {
+  for (const auto kind :
+       {Schedule::Kind::kCosine, Schedule::Kind::kWsd, Schedule::Kind::kConstant}) {
     EXPECT_NEAR(schedule(kind).rate(0, 0), 0.2, kExact);
     EXPECT_NEAR(schedule(kind).rate(4, 0), 1.0, kExact);
     EXPECT_NEAR(schedule(kind).rate(9, 0), 2.0, kExact);
@@ -37,7 +42,9 @@ TEST(Schedule, WsdIsStableThenFallsLinearly) {
   EXPECT_NEAR(s.rate(100, 0), 0.2, kExact);
 }
 
-TEST(Schedule, ConstantStays) { EXPECT_NEAR(schedule(Schedule::Kind::kConstant).rate(99, 0), 2.0, kExact); }
+TEST(Schedule, ConstantStays) {
+  EXPECT_NEAR(schedule(Schedule::Kind::kConstant).rate(99, 0), 2.0, kExact);
+}
 
 TEST(Schedule, TimeLeadsWhenItIsFurtherThanTheSteps) {
   auto s = schedule(Schedule::Kind::kWsd);

@@ -13,7 +13,8 @@
 namespace everlong {
 namespace {
 
-// Validation runs in pieces of at least this many tokens: short rows would leave the matrix products too small.
+// Validation runs in pieces of at least this many tokens: short rows would leave the matrix
+// products too small.
 constexpr std::int64_t kEvaluationPiece = 2048;
 
 Schedule make_schedule(const TrainSettings& train) {
@@ -38,8 +39,9 @@ Status Trainer::build_model(const TokenDataset& dataset) {
   const auto& info = dataset.info();
   const auto& config = model_->config();
   if (info.tokenizer != config.tokenizer || info.vocab_size > config.vocab_size)
-    return invalid_argument(run_.data.path, " holds tokens of \"", info.tokenizer, "\" (vocabulary ", info.vocab_size,
-                            "); the model is made for \"", config.tokenizer, "\" (", config.vocab_size,
+    return invalid_argument(run_.data.path, " holds tokens of \"", info.tokenizer,
+                            "\" (vocabulary ", info.vocab_size, "); the model is made for \"",
+                            config.tokenizer, "\" (", config.vocab_size,
                             "): prepare the text again or change the model");
   model_->to(device_, dtype_);
   model_->train();
@@ -70,11 +72,13 @@ Result<std::unique_ptr<Trainer>> Trainer::make(const RunFile& run) {
   trainer->batches_.resize(static_cast<std::size_t>(run.train.accumulation));
 
   std::vector<std::pair<std::string, at::Tensor>> parameters;
-  for (const auto& entry : trainer->model_->named_parameters()) parameters.emplace_back(entry.key(), entry.value());
+  for (const auto& entry : trainer->model_->named_parameters())
+    parameters.emplace_back(entry.key(), entry.value());
   trainer->optimizer_ = std::make_unique<AdamW>(
-      parameters, AdamWOptions{run.train.beta1, run.train.beta2, run.train.eps, run.train.weight_decay});
-  trainer->backprop_ = std::make_unique<Backprop>(*trainer->model_, device, carry_from_name(run.train.carry),
-                                                  run.train.segment_tokens);
+      parameters,
+      AdamWOptions{run.train.beta1, run.train.beta2, run.train.eps, run.train.weight_decay});
+  trainer->backprop_ = std::make_unique<Backprop>(
+      *trainer->model_, device, carry_from_name(run.train.carry), run.train.segment_tokens);
   return trainer;
 }
 
@@ -94,13 +98,15 @@ Result<StepReport> Trainer::step(double seconds) {
     nll = nll.defined() ? nll + sum : sum;
   }
   const at::Tensor norm = optimizer_->clip_gradients(run_.train.clip);
-  const at::Tensor figures = at::stack({nll * scale, norm.to(at::kDouble)}).cpu();  // the step's one wait
+  const at::Tensor figures =
+      at::stack({nll * scale, norm.to(at::kDouble)}).cpu();  // the step's one wait
   report.loss = figures[0].item<double>();
   report.grad_norm = figures[1].item<double>();
   if (!std::isfinite(report.loss) || !std::isfinite(report.grad_norm)) {
     optimizer_->clear_gradients();
-    return invalid_argument("step ", report.step, ": loss = ", report.loss, ", gradient norm = ", report.grad_norm,
-                            " at learning rate ", report.lr, "; training has diverged. Lower train.learning_rate, "
+    return invalid_argument("step ", report.step, ": loss = ", report.loss,
+                            ", gradient norm = ", report.grad_norm, " at learning rate ", report.lr,
+                            "; training has diverged. Lower train.learning_rate, "
                             "lengthen train.warmup_steps or set train.clip");
   }
   optimizer_->step(report.lr);
@@ -114,7 +120,8 @@ Result<Evaluation> Trainer::evaluate() {
   if (!valid_ || run_.train.eval_tokens == 0) return evaluation;
   model_->eval();
   Backprop scorer(*model_, device_, Carry::kDetached, /*segment_tokens=*/0);
-  SequentialReader reader(*valid_, std::max(run_.data.row_tokens, kEvaluationPiece), run_.train.eval_tokens);
+  SequentialReader reader(*valid_, std::max(run_.data.row_tokens, kEvaluationPiece),
+                          run_.train.eval_tokens);
   Batch batch;
   at::Tensor nll;
   std::int64_t predictions = 0;
@@ -133,15 +140,17 @@ Result<Evaluation> Trainer::evaluate() {
   const double total = nll.item<double>();
   evaluation.tokens = reader.position();
   evaluation.loss = total / static_cast<double>(predictions);
-  const double bytes = static_cast<double>(valid_->bytes()) * static_cast<double>(reader.position()) /
+  const double bytes = static_cast<double>(valid_->bytes()) *
+                       static_cast<double>(reader.position()) /
                        static_cast<double>(valid_->tokens());
   evaluation.bits_per_byte = total / std::numbers::ln2 / bytes;
   return evaluation;
 }
 
 Status Trainer::save() const {
-  return save_model(model_folder(), *model_, {{"step", std::to_string(steps_done_)},
-                                              {"tokens", std::to_string(tokens_done_)}});
+  return save_model(
+      model_folder(), *model_,
+      {{"step", std::to_string(steps_done_)}, {"tokens", std::to_string(tokens_done_)}});
 }
 
 }  // namespace everlong

@@ -14,7 +14,7 @@ struct StepReport {
   std::int64_t step = 0;  // from 1
   double loss = 0;        // nats per predicted token, over all batches of the step
   double lr = 0;
-  double grad_norm = 0;   // before clipping
+  double grad_norm = 0;  // before clipping
   std::int64_t tokens = 0;
 };
 
@@ -24,15 +24,15 @@ struct Evaluation {
   std::int64_t tokens = 0;
 };
 
-// Not thread safe. The same run file on the same CPU with the same number of threads gives the same losses bit for
-// bit, unless max_seconds lets the clock decide.
+// Not thread safe. The same run file on the same CPU with the same number of threads gives the same
+// losses bit for bit, unless max_seconds lets the clock decide.
 class Trainer {
  public:
   // Sets torch's threads and random seed, opens the data, builds or loads the model.
   static Result<std::unique_ptr<Trainer>> make(const RunFile& run);
 
-  // One update of the weights, `seconds` into the run. A loss or gradient that is not finite is refused with the step
-  // in the message, and the weights stay as they were.
+  // One update of the weights, `seconds` into the run. A loss or gradient that is not finite is
+  // refused with the step in the message, and the weights stay as they were.
   Result<StepReport> step(double seconds);
   // The first eval_tokens tokens of the validation split, read as one stream with carried state.
   Result<Evaluation> evaluate();
@@ -50,7 +50,8 @@ class Trainer {
   fs::path model_folder() const { return fs::path(run_.out.folder) / "model"; }
 
  private:
-  Trainer(const RunFile& run, at::Device device, at::ScalarType dtype) : run_(run), device_(device), dtype_(dtype) {}
+  Trainer(const RunFile& run, at::Device device, at::ScalarType dtype)
+      : run_(run), device_(device), dtype_(dtype) {}
   Status build_model(const TokenDataset& dataset);
 
   RunFile run_;

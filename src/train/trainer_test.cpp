@@ -32,11 +32,16 @@ class TemporaryFolder {
   fs::path path_;
 };
 
-// Documents that copy themselves: two random letters, over and over, "fkfkfk...". Whoever looks only at the last
-// letter loses ln 16 = 2.77 nats a letter, whoever remembers the one before nearly none.
+// Documents that copy themselves: two random letters, over and over, "fkfkfk...". Whoever looks
+// only at the last letter loses ln 16 = 2.77 nats a letter, whoever remembers the one before nearly
+// none.
 void write_dataset(const fs::path& folder) {
   std::mt19937 random(1);
-  DatasetInfo info{.tokenizer = "bytes", .vocab_size = 259, .eod = kEndOfDocument, .valid_fraction = 0.1, .splits = {}};
+  DatasetInfo info{.tokenizer = "bytes",
+                   .vocab_size = 259,
+                   .eod = kEndOfDocument,
+                   .valid_fraction = 0.1,
+                   .splits = {}};
   for (const auto& [name, documents] : {std::pair("train", 200), std::pair("valid", 20)}) {
     SplitWriter writer(folder, name, 1 << 20);
     for (int d = 0; d < documents; ++d) {
@@ -130,8 +135,9 @@ TEST_F(TrainerTest, AccumulatedBatchesAreOneMean) {
   auto two = Trainer::make(run_file({"train.learning_rate=0", "train.accumulation=2"}));
   ASSERT_TRUE(one.ok() && two.ok());
   double nll = 0, predictions = 0;
-  auto reader = BatchReader::create(*TokenDataset::open(folder_.path())->split("train"),
-                                    {.rows = 8, .row_tokens = 64, .packing = Packing::kPacked, .seed = 1});
+  auto reader =
+      BatchReader::create(*TokenDataset::open(folder_.path())->split("train"),
+                          {.rows = 8, .row_tokens = 64, .packing = Packing::kPacked, .seed = 1});
   Batch batch;
   for (int i = 0; i < 2; ++i) {
     ASSERT_TRUE(reader->next(batch).ok());
@@ -144,7 +150,8 @@ TEST_F(TrainerTest, AccumulatedBatchesAreOneMean) {
 }
 
 TEST_F(TrainerTest, LogHasOneObjectAStepAndTheEvaluations) {
-  const auto report = train(run_file({"train.steps=7", "train.eval_every=3", "train.eval_tokens=500"}));
+  const auto report =
+      train(run_file({"train.steps=7", "train.eval_every=3", "train.eval_tokens=500"}));
   ASSERT_TRUE(report.ok()) << report.status().message();
   const auto lines = log();
   ASSERT_EQ(lines.size(), 7U);
@@ -175,16 +182,19 @@ TEST_F(TrainerTest, LossThatIsNotFiniteStopsTheRunAndKeepsTheLastSave) {
   }
   const auto failed = (*trainer)->step(0);
   ASSERT_FALSE(failed.ok());
-  EXPECT_NE(failed.status().message().find("step 2: loss = "), std::string::npos) << failed.status().message();
+  EXPECT_NE(failed.status().message().find("step 2: loss = "), std::string::npos)
+      << failed.status().message();
   EXPECT_EQ(*read_file(saved->model_folder / "model.safetensors"), before);
 }
 
 TEST_F(TrainerTest, InterruptionSavesTheModelOfTheFinishedStep) {
   std::int64_t steps = 0;
-  const auto stopped = train(run_file(), {.interrupted = [&] { return steps == 4; },
-                                          .after_step = [&](const StepReport& report) { steps = report.step; }});
+  const auto stopped =
+      train(run_file(), {.interrupted = [&] { return steps == 4; },
+                         .after_step = [&](const StepReport& report) { steps = report.step; }});
   EXPECT_EQ(stopped.status().code(), StatusCode::kInterrupted);
-  EXPECT_NE(stopped.status().message().find("after step 4"), std::string::npos) << stopped.status().message();
+  EXPECT_NE(stopped.status().message().find("after step 4"), std::string::npos)
+      << stopped.status().message();
   EXPECT_EQ(log().size(), 4U);
   const auto file = load_tensors(folder_.path() / "run" / "model" / "model.safetensors");
   ASSERT_TRUE(file.ok()) << file.status().message();
@@ -202,7 +212,8 @@ TEST_F(TrainerTest, ContinuesAModelFolder) {
 }
 
 TEST_F(TrainerTest, TimeLimitEndsTheRun) {
-  const auto report = train(run_file({"train.steps=1000000", "train.max_seconds=0.5", "train.eval_tokens=0"}));
+  const auto report =
+      train(run_file({"train.steps=1000000", "train.max_seconds=0.5", "train.eval_tokens=0"}));
   ASSERT_TRUE(report.ok()) << report.status().message();
   EXPECT_LT(report->steps, 100000);
   EXPECT_GE(report->seconds, 0.5);
@@ -224,7 +235,8 @@ TEST_F(TrainerTest, TextOfAnotherTokenizerIsRefused) {
   run.model.vocab_size = 100;
   const auto trainer = Trainer::make(run);
   ASSERT_FALSE(trainer.ok());
-  EXPECT_NE(trainer.status().message().find("vocabulary 259"), std::string::npos) << trainer.status().message();
+  EXPECT_NE(trainer.status().message().find("vocabulary 259"), std::string::npos)
+      << trainer.status().message();
 }
 
 }  // namespace

@@ -64,8 +64,10 @@ inline std::vector<OpShape> packed_shapes(const Operator& op) {
   return out;
 }
 
-// The call with its floating tensors in `dtype` on `device`; what selects or scales (integers) only moves.
-inline OpCall cast(const Operator& op, const OpCall& call, at::Device device, at::ScalarType dtype) {
+// The call with its floating tensors in `dtype` on `device`; what selects or scales (integers) only
+// moves.
+inline OpCall cast(const Operator& op, const OpCall& call, at::Device device,
+                   at::ScalarType dtype) {
   OpCall out = call;
   out.inputs = test::to(call.inputs, device, dtype);
   out.state = test::to(call.state, device, op.state_dtype(dtype));
@@ -99,9 +101,10 @@ inline TensorMap flat(const OpResult& result) {
 }
 
 inline std::string label(const Operator& op, const Run& run, const OpShape& shape) {
-  return cat(op.kind(), " ", run.form->name, " ", run.dtype, " B", shape.batch, " T", shape.tokens, " H", shape.heads,
-             "/", shape.kv_heads, " K", shape.key_dim, " V", shape.value_dim, shape.initial_state ? " +state" : "",
-             shape.cu_seqlens.empty() ? "" : " packed", " ", shape.params.dump());
+  return cat(op.kind(), " ", run.form->name, " ", run.dtype, " B", shape.batch, " T", shape.tokens,
+             " H", shape.heads, "/", shape.kv_heads, " K", shape.key_dim, " V", shape.value_dim,
+             shape.initial_state ? " +state" : "", shape.cu_seqlens.empty() ? "" : " packed", " ",
+             shape.params.dump());
 }
 
 }  // namespace everlong::laws

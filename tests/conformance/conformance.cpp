@@ -1,4 +1,5 @@
-// The ten laws over the registry. Names end in _Cpu or _Cuda; the second run under label gpu, on a machine with one.
+// The ten laws over the registry. Names end in _Cpu or _Cuda; the second run under label gpu, on a
+// machine with one.
 #include <gtest/gtest.h>
 
 #include "laws.h"
@@ -61,42 +62,56 @@ TEST_P(OperatorLaws, Law1FormsAgree) { expect_none(forms_agree(op(), device()));
 TEST_P(OperatorLaws, Law2AnySplitIsOnePass) { expect_none(any_split_is_one_pass(op(), device())); }
 TEST_P(OperatorLaws, Law2PackedIsOneByOne) { expect_none(packed_is_one_by_one(op(), device())); }
 TEST_P(OperatorLaws, Law4GradientsAgree) { expect_none(gradients_agree(op(), device())); }
-TEST_P(OperatorLaws, Law5PoisonIsOverwritten) { expect_none(poison_is_overwritten(op(), device())); }
+TEST_P(OperatorLaws, Law5PoisonIsOverwritten) {
+  expect_none(poison_is_overwritten(op(), device()));
+}
 TEST_P(OperatorLaws, Law7SameInputSameBits) { expect_none(same_input_same_bits(op(), device())); }
 TEST_P(OperatorLaws, Law8BadCallsAreRefused) { expect_none(bad_calls_are_refused(op(), device())); }
-TEST_P(OperatorLaws, Law9AwkwardLengthsAndStrides) { expect_none(awkward_lengths_and_strides(op(), device())); }
+TEST_P(OperatorLaws, Law9AwkwardLengthsAndStrides) {
+  expect_none(awkward_lengths_and_strides(op(), device()));
+}
 TEST_P(OperatorLaws, Law10PastIgnoresFuture) { expect_none(past_ignores_future(op(), device())); }
 
 TEST_P(LayerLaws, Law2AnySplitIsOnePass) { expect_none(layer_split(layer(), device())); }
 TEST_P(LayerLaws, Law2RaggedStreams) { expect_none(layer_ragged(layer(), device())); }
 TEST_P(LayerLaws, Law3StateStaysInBound) { expect_none(state_stays_in_bound(layer(), device())); }
 TEST_P(LayerLaws, Law6StateGoesOn) { expect_none(state_goes_on(layer(), device())); }
-TEST_P(LayerLaws, Law10PastIgnoresFuture) { expect_none(layer_past_ignores_future(layer(), device())); }
+TEST_P(LayerLaws, Law10PastIgnoresFuture) {
+  expect_none(layer_past_ignores_future(layer(), device()));
+}
 
 // 4.3 GB a tensor in bf16, and some of them: asked of GPUs only.
 class SlowLaws : public OperatorLaws {};
-TEST_P(SlowLaws, Law9MoreThan2ToThe31Elements) { expect_none(more_than_2_to_the_31_elements(op(), device())); }
+TEST_P(SlowLaws, Law9MoreThan2ToThe31Elements) {
+  expect_none(more_than_2_to_the_31_elements(op(), device()));
+}
 
 const auto operator_name = [](const auto& info) {
-  return info.param.room->name + "_" + std::string(info.param.op->kind()) + "_" + device_name(info.param.device);
+  return info.param.room->name + "_" + std::string(info.param.op->kind()) + "_" +
+         device_name(info.param.device);
 };
-const auto room_name = [](const auto& info) { return info.param.room->name + "_" + device_name(info.param.device); };
+const auto room_name = [](const auto& info) {
+  return info.param.room->name + "_" + device_name(info.param.device);
+};
 
 INSTANTIATE_TEST_SUITE_P(Rooms, OperatorLaws, testing::ValuesIn(operator_cases()), operator_name);
 INSTANTIATE_TEST_SUITE_P(Rooms, LayerLaws, testing::ValuesIn(room_cases()), room_name);
-INSTANTIATE_TEST_SUITE_P(Rooms, SlowLaws, testing::ValuesIn(operator_cases(at::kCUDA)), operator_name);
+INSTANTIATE_TEST_SUITE_P(Rooms, SlowLaws, testing::ValuesIn(operator_cases(at::kCUDA)),
+                         operator_name);
 
 TEST(Registry, EveryLackSaysWhy) {
   for (const Mechanism* room : mechanisms()) {
     EXPECT_FALSE(room->operators.empty()) << room->name;
-    for (const Lack& lack : room->lacks) EXPECT_GE(lack.why.size(), 20U) << room->name << ": " << lack.what;
+    for (const Lack& lack : room->lacks)
+      EXPECT_GE(lack.why.size(), 20U) << room->name << ": " << lack.what;
   }
 }
 
 TEST(Registry, AnUnknownMechanismIsRefusedWithAGuess) {
   const auto found = find_mechanism("lighting");
   ASSERT_FALSE(found.ok());
-  EXPECT_NE(found.status().message().find("Did you mean \"lightning\"?"), std::string::npos) << found.status().message();
+  EXPECT_NE(found.status().message().find("Did you mean \"lightning\"?"), std::string::npos)
+      << found.status().message();
 }
 
 }  // namespace
@@ -104,9 +119,10 @@ TEST(Registry, AnUnknownMechanismIsRefusedWithAGuess) {
 
 int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
-  // Before any other call of torch: afterwards CUDA would stay unknown. Without a GPU this fails, and only the _Cuda
-  // cases need it.
-  const std::string wanted = testing::GTEST_FLAG(filter).substr(0, testing::GTEST_FLAG(filter).find('-'));
+  // Before any other call of torch: afterwards CUDA would stay unknown. Without a GPU this fails,
+  // and only the _Cuda cases need it.
+  const std::string wanted =
+      testing::GTEST_FLAG(filter).substr(0, testing::GTEST_FLAG(filter).find('-'));
   if (wanted.find("Cuda") != std::string::npos || wanted.find("Slow") != std::string::npos)
     if (const everlong::Status status = everlong::load_cuda_backend(); !status.ok()) {
       std::fprintf(stderr, "%s\n", status.message().c_str());

@@ -1,4 +1,5 @@
-// Laws 1 and 4: every form, dtype and device agrees with the float64 reference, in values and in gradients.
+// Laws 1 and 4: every form, dtype and device agrees with the float64 reference, in values and in
+// gradients.
 #include "cases.h"
 #include "laws.h"
 
@@ -17,12 +18,14 @@ std::map<std::string, double> errors(const OpResult& result, const OpResult& exp
   return out;
 }
 
-void compare_forms(const Operator& op, at::Device device, const OpShape& shape, bool gradients, Violations& broken) {
+void compare_forms(const Operator& op, at::Device device, const OpShape& shape, bool gradients,
+                   Violations& broken) {
   const auto forms = op.forms();
   OpCall call = op.sample(shape);
   if (gradients) {
     const auto plain = op.run(forms.front().name, call);
-    if (!plain.ok()) return broken.push_back(cat(op.kind(), " reference: ", plain.status().message()));
+    if (!plain.ok())
+      return broken.push_back(cat(op.kind(), " reference: ", plain.status().message()));
     seed_all(shape.seed);
     call.grad_out = random_gradients(*plain);
   }
@@ -32,7 +35,8 @@ void compare_forms(const Operator& op, at::Device device, const OpShape& shape, 
     const auto expected = truth(op, given);
     const auto actual = op.run(run.form->name, given);
     if (!expected.ok() || !actual.ok()) {
-      broken.push_back(cat(label(op, run, shape), ": refused: ", actual.status().message(), expected.status().message()));
+      broken.push_back(cat(label(op, run, shape), ": refused: ", actual.status().message(),
+                           expected.status().message()));
       continue;
     }
     const auto found = errors(*actual, *expected);
@@ -40,9 +44,11 @@ void compare_forms(const Operator& op, at::Device device, const OpShape& shape, 
     for (const auto& [name, error] : found) {
       double allowed = tolerance::kFormsFloat64;
       if (run.dtype != at::kDouble)
-        allowed = 2 * (run.form->name == "naive" ? 0.0 : naive[run.dtype][name]) + tolerance::floor_of(run.dtype);
+        allowed = 2 * (run.form->name == "naive" ? 0.0 : naive[run.dtype][name]) +
+                  tolerance::floor_of(run.dtype);
       if (!(error <= allowed))
-        broken.push_back(cat(label(op, run, shape), ": ", name, " is off by ", error, ", allowed ", allowed));
+        broken.push_back(
+            cat(label(op, run, shape), ": ", name, " is off by ", error, ", allowed ", allowed));
     }
   }
 }
@@ -51,20 +57,24 @@ double loss(const OpResult& result, const TensorMap& grad_out) {
   double sum = 0;
   for (const auto& [name, t] : result.out) sum += (t * grad_out.at(name)).sum().item<double>();
   for (const auto& [name, t] : result.state)
-    if (grad_out.contains("state." + name)) sum += (t * grad_out.at("state." + name)).sum().item<double>();
+    if (grad_out.contains("state." + name))
+      sum += (t * grad_out.at("state." + name)).sum().item<double>();
   return sum;
 }
 
-// The reference's gradient along a random direction of each differentiable tensor, against central differences.
+// The reference's gradient along a random direction of each differentiable tensor, against central
+// differences.
 void differences(const Operator& op, const OpShape& shape, Violations& broken) {
   const std::string reference = op.forms().front().name;
   OpCall call = op.sample(shape);
   const auto plain = op.run(reference, call);
-  if (!plain.ok()) return broken.push_back(cat(op.kind(), " reference: ", plain.status().message()));
+  if (!plain.ok())
+    return broken.push_back(cat(op.kind(), " reference: ", plain.status().message()));
   seed_all(shape.seed + 1000);
   call.grad_out = random_gradients(*plain);
   const auto result = op.run(reference, call);
-  if (!result.ok()) return broken.push_back(cat(op.kind(), " reference: ", result.status().message()));
+  if (!result.ok())
+    return broken.push_back(cat(op.kind(), " reference: ", result.status().message()));
   for (const auto& [name, gradient] : result->grad) {
     const bool is_state = name.starts_with("state.");
     const std::string key = is_state ? name.substr(6) : name;
@@ -81,8 +91,8 @@ void differences(const Operator& op, const OpShape& shape, Violations& broken) {
     const double exact = (gradient * direction).sum().item<double>();
     const double scale = std::max({std::abs(numeric), gradient.norm().item<double>(), 1e-3});
     if (!(std::abs(numeric - exact) <= tolerance::kFiniteDifference * scale))
-      broken.push_back(cat(label(op, {&op.forms().front(), at::kDouble}, shape), ": gradient of ", name, " is ", exact,
-                           ", finite differences say ", numeric));
+      broken.push_back(cat(label(op, {&op.forms().front(), at::kDouble}, shape), ": gradient of ",
+                           name, " is ", exact, ", finite differences say ", numeric));
   }
 }
 

@@ -1,4 +1,5 @@
-// Laws 2 and 10: pieces equal the whole; packed equals one by one; the past does not see the future.
+// Laws 2 and 10: pieces equal the whole; packed equals one by one; the past does not see the
+// future.
 #include <random>
 
 #include "cases.h"
@@ -12,7 +13,8 @@ constexpr int kSplits = 20;
 std::vector<std::int64_t> random_cuts(std::int64_t tokens, std::mt19937_64& random) {
   std::vector<std::int64_t> cuts = {0, tokens};
   const auto pieces = 1 + random() % 5;
-  for (std::uint64_t i = 0; i < pieces; ++i) cuts.push_back(static_cast<std::int64_t>(random() % (tokens + 1)));
+  for (std::uint64_t i = 0; i < pieces; ++i)
+    cuts.push_back(static_cast<std::int64_t>(random() % (tokens + 1)));
   std::ranges::sort(cuts);  // equal neighbours make an empty piece: legal, and must change nothing
   return cuts;
 }
@@ -24,8 +26,9 @@ OpCall piece_of(const Operator& op, const OpCall& call, std::int64_t begin, std:
   return piece;
 }
 
-// Runs the pieces forward, then backward from the last: the incoming gradient of a piece's final state is the gradient
-// of the next piece's initial state. Joins everything into what one pass would have returned.
+// Runs the pieces forward, then backward from the last: the incoming gradient of a piece's final
+// state is the gradient of the next piece's initial state. Joins everything into what one pass
+// would have returned.
 Result<OpResult> run_in_pieces(const Operator& op, std::string_view form, const OpCall& whole,
                                const std::vector<std::int64_t>& cuts) {
   std::vector<OpCall> calls;
@@ -50,7 +53,8 @@ Result<OpResult> run_in_pieces(const Operator& op, std::string_view form, const 
   for (std::size_t i = calls.size(); i-- > 0;) {
     calls[i].grad_out = incoming;
     for (const auto& [name, t] : whole.grad_out)
-      if (!name.starts_with("state.")) calls[i].grad_out[name] = t.narrow(1, cuts[i], cuts[i + 1] - cuts[i]);
+      if (!name.starts_with("state."))
+        calls[i].grad_out[name] = t.narrow(1, cuts[i], cuts[i + 1] - cuts[i]);
     EVERLONG_ASSIGN(const OpResult result, op.run(form, calls[i]));
     incoming.clear();
     for (const auto& [name, t] : result.grad) {
@@ -68,12 +72,13 @@ Result<OpResult> run_in_pieces(const Operator& op, std::string_view form, const 
   return joined;
 }
 
-void compare(const std::string& what, const OpResult& actual, const OpResult& expected, double allowed,
-             Violations& broken) {
+void compare(const std::string& what, const OpResult& actual, const OpResult& expected,
+             double allowed, Violations& broken) {
   const TensorMap a = flat(actual), b = flat(expected);
   for (const auto& [name, t] : b) {
     const double error = a.contains(name) ? test::relative_error(a.at(name), t) : INFINITY;
-    if (!(error <= allowed)) broken.push_back(cat(what, ": ", name, " differs by ", error, ", allowed ", allowed));
+    if (!(error <= allowed))
+      broken.push_back(cat(what, ": ", name, " differs by ", error, ", allowed ", allowed));
   }
 }
 
@@ -84,7 +89,8 @@ Violations any_split_is_one_pass(const Operator& op, at::Device device) {
   std::mt19937_64 random(42);
   const auto forms = op.forms();
   for (const Run& run : runs_on(forms, device)) {
-    const bool used = run.form->name != "naive" && !run.form->name.starts_with("reference") && run.dtype != at::kBFloat16;
+    const bool used = run.form->name != "naive" && !run.form->name.starts_with("reference") &&
+                      run.dtype != at::kBFloat16;
     for (const OpShape& shape : shapes_of(op, 130)) {
       OpCall call = cast(op, op.sample(shape), device, run.dtype);
       auto whole = op.run(run.form->name, call);
@@ -130,13 +136,15 @@ Violations packed_is_one_by_one(const Operator& op, at::Device device) {
       for (auto& [name, t] : alone.state) t = t.narrow(0, n, 1);
       const auto single = op.run(run.form->name, alone);
       if (!single.ok()) {
-        broken.push_back(cat(label(op, run, shape), " sequence ", n, ": ", single.status().message()));
+        broken.push_back(
+            cat(label(op, run, shape), " sequence ", n, ": ", single.status().message()));
         continue;
       }
       for (const auto& [name, t] : single->out) {
         const auto part = packed->out.at(name).narrow(1, shape.cu_seqlens[n], t.size(1));
         if (!(test::relative_error(part, t) <= tolerance::split_of(run.dtype)))
-          broken.push_back(cat(label(op, run, shape), ": sequence ", n, " alone gives another ", name));
+          broken.push_back(
+              cat(label(op, run, shape), ": sequence ", n, " alone gives another ", name));
       }
     }
     // A NaN in one sequence is that sequence's own misfortune.
@@ -150,10 +158,12 @@ Violations packed_is_one_by_one(const Operator& op, at::Device device) {
     for (const auto& [name, t] : sick->out) {
       const auto healthy = [&](const at::Tensor& all) {
         return at::cat({all.narrow(1, 0, shape.cu_seqlens[3]),
-                        all.narrow(1, shape.cu_seqlens[4], shape.tokens - shape.cu_seqlens[4])}, 1);
+                        all.narrow(1, shape.cu_seqlens[4], shape.tokens - shape.cu_seqlens[4])},
+                       1);
       };
       if (!test::same_bits(healthy(t), healthy(packed->out.at(name))))
-        broken.push_back(cat(label(op, run, shape), ": a NaN in sequence 3 changed ", name, " of other sequences"));
+        broken.push_back(cat(label(op, run, shape), ": a NaN in sequence 3 changed ", name,
+                             " of other sequences"));
     }
   }
   return broken;
@@ -166,12 +176,14 @@ Violations past_ignores_future(const Operator& op, at::Device device) {
     for (const OpShape& shape : shapes_of(op, 130)) {
       const OpCall call = cast(op, op.sample(shape), device, run.dtype);
       const auto before = op.run(run.form->name, call);
-      for (const std::int64_t changed : {std::int64_t{1}, std::int64_t{64}, std::int64_t{77}, shape.tokens - 1}) {
+      for (const std::int64_t changed :
+           {std::int64_t{1}, std::int64_t{64}, std::int64_t{77}, shape.tokens - 1}) {
         OpCall other = call;
         seed_all(shape.seed + 5);
         for (const auto& name : op.token_inputs()) {
           auto t = call.inputs.at(name).clone();
-          t.narrow(1, changed, shape.tokens - changed).copy_(at::randn_like(t.narrow(1, changed, shape.tokens - changed)));
+          t.narrow(1, changed, shape.tokens - changed)
+              .copy_(at::randn_like(t.narrow(1, changed, shape.tokens - changed)));
           other.inputs[name] = t;
         }
         const auto after = op.run(run.form->name, other);
@@ -181,9 +193,11 @@ Violations past_ignores_future(const Operator& op, at::Device device) {
         }
         for (const auto& [name, t] : before->out) {
           if (!test::same_bits(t.narrow(1, 0, changed), after->out.at(name).narrow(1, 0, changed)))
-            broken.push_back(cat(label(op, run, shape), ": changing tokens from ", changed, " changed ", name, " before"));
+            broken.push_back(cat(label(op, run, shape), ": changing tokens from ", changed,
+                                 " changed ", name, " before"));
           if (test::same_bits(t, after->out.at(name)))
-            broken.push_back(cat(label(op, run, shape), ": changing tokens from ", changed, " changed nothing"));
+            broken.push_back(
+                cat(label(op, run, shape), ": changing tokens from ", changed, " changed nothing"));
         }
       }
     }

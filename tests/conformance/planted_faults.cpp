@@ -1,4 +1,5 @@
-// A law that cannot fail protects nothing: here every law meets a room with the fault it exists for, and must say so.
+// A law that cannot fail protects nothing: here every law meets a room with the fault it exists
+// for, and must say so.
 #include <gtest/gtest.h>
 
 #include "cases.h"
@@ -14,13 +15,15 @@ class FaultyOperator : public Operator {
  public:
   using Before = std::function<void(OpCall&)>;
   using After = std::function<void(const OpCall&, OpResult&)>;
-  FaultyOperator(Before before, After after) : before_(std::move(before)), after_(std::move(after)) {}
+  FaultyOperator(Before before, After after)
+      : before_(std::move(before)), after_(std::move(after)) {}
 
   std::string_view kind() const override { return sound_operator().kind(); }
   std::vector<OpForm> forms() const override {
     std::vector<OpForm> forms;
     for (const OpForm& form : sound_operator().forms())
-      if (form.name == "reference" || form.name == "naive" || form.name == "composite") forms.push_back(form);
+      if (form.name == "reference" || form.name == "naive" || form.name == "composite")
+        forms.push_back(form);
     return forms;
   }
   Result<OpResult> run(std::string_view form, const OpCall& call) const override {
@@ -34,7 +37,9 @@ class FaultyOperator : public Operator {
   OpCall sample(const OpShape& shape) const override { return sound_operator().sample(shape); }
   std::vector<std::string> token_inputs() const override { return sound_operator().token_inputs(); }
   std::vector<OpShape> law_shapes() const override { return {}; }
-  std::vector<std::pair<std::string, OpCall>> refusals() const override { return sound_operator().refusals(); }
+  std::vector<std::pair<std::string, OpCall>> refusals() const override {
+    return sound_operator().refusals();
+  }
   OpCost cost(const OpShape& shape, std::string_view pass, std::size_t bytes) const override {
     return sound_operator().cost(shape, pass, bytes);
   }
@@ -48,61 +53,93 @@ void expect_caught(const Violations& broken) { EXPECT_FALSE(broken.empty()); }
 
 TEST(PlantedFaults, Law1CatchesADecayOffByOneToken) {
   // lambda^i instead of lambda^(i+1) on what was carried in: invisible without an initial state.
-  expect_caught(forms_agree(FaultyOperator([](OpCall& call) {
-    for (auto& [name, s] : call.state) s = s * at::exp(call.inputs.at("slope").to(s.scalar_type())).view({1, -1, 1, 1});
-  }, nullptr), at::kCPU));
+  expect_caught(forms_agree(
+      FaultyOperator(
+          [](OpCall& call) {
+            for (auto& [name, s] : call.state)
+              s = s * at::exp(call.inputs.at("slope").to(s.scalar_type())).view({1, -1, 1, 1});
+          },
+          nullptr),
+      at::kCPU));
 }
 
 TEST(PlantedFaults, Law2CatchesATailThatDecaysAsAFullBlock) {
-  expect_caught(any_split_is_one_pass(FaultyOperator(nullptr, [](const OpCall& call, OpResult& result) {
-    const auto missing = static_cast<double>((64 - call.inputs.at("q").size(1) % 64) % 64);
-    for (auto& [name, s] : result.state)
-      s = s * at::exp(call.inputs.at("slope").to(s.scalar_type()) * -missing).view({1, -1, 1, 1});
-  }), at::kCPU));
+  expect_caught(any_split_is_one_pass(
+      FaultyOperator(nullptr,
+                     [](const OpCall& call, OpResult& result) {
+                       const auto missing =
+                           static_cast<double>((64 - call.inputs.at("q").size(1) % 64) % 64);
+                       for (auto& [name, s] : result.state)
+                         s = s * at::exp(call.inputs.at("slope").to(s.scalar_type()) * -missing)
+                                     .view({1, -1, 1, 1});
+                     }),
+      at::kCPU));
 }
 
 TEST(PlantedFaults, Law2CatchesAGradientThatStopsAtThePiece) {
-  expect_caught(any_split_is_one_pass(FaultyOperator(nullptr, [](const OpCall&, OpResult& result) {
-    if (result.grad.contains("state.S")) result.grad["state.S"] = at::zeros_like(result.grad["state.S"]);
-  }), at::kCPU));
+  expect_caught(any_split_is_one_pass(FaultyOperator(nullptr,
+                                                     [](const OpCall&, OpResult& result) {
+                                                       if (result.grad.contains("state.S"))
+                                                         result.grad["state.S"] =
+                                                             at::zeros_like(result.grad["state.S"]);
+                                                     }),
+                                      at::kCPU));
 }
 
 TEST(PlantedFaults, Law2CatchesAStateThatCrossesADocumentBorder) {
-  expect_caught(packed_is_one_by_one(FaultyOperator(nullptr, [](const OpCall& call, OpResult& result) {
-    if (call.cu_seqlens.empty()) return;
-    const auto border = call.cu_seqlens[3];
-    result.out["o"].narrow(1, border, 1).add_(result.out["o"].narrow(1, border - 1, 1), 0.1);
-  }), at::kCPU));
+  expect_caught(packed_is_one_by_one(
+      FaultyOperator(nullptr,
+                     [](const OpCall& call, OpResult& result) {
+                       if (call.cu_seqlens.empty()) return;
+                       const auto border = call.cu_seqlens[3];
+                       result.out["o"]
+                           .narrow(1, border, 1)
+                           .add_(result.out["o"].narrow(1, border - 1, 1), 0.1);
+                     }),
+      at::kCPU));
 }
 
 TEST(PlantedFaults, Law2CatchesANaNThatTravelsThroughTimesZero) {
-  expect_caught(packed_is_one_by_one(FaultyOperator(nullptr, [](const OpCall&, OpResult& result) {
-    result.out["o"] = result.out["o"] + 0 * result.out["o"].sum();
-  }), at::kCPU));
+  expect_caught(packed_is_one_by_one(FaultyOperator(nullptr,
+                                                    [](const OpCall&, OpResult& result) {
+                                                      result.out["o"] = result.out["o"] +
+                                                                        0 * result.out["o"].sum();
+                                                    }),
+                                     at::kCPU));
 }
 
 TEST(PlantedFaults, Law4CatchesAGradientWithoutTheScale) {
-  expect_caught(gradients_agree(FaultyOperator(nullptr, [](const OpCall& call, OpResult& result) {
-    if (!result.grad.contains("k")) return;
-    result.grad["k"] = result.grad["k"] * (1 + 1e-3 * call.inputs.at("q").size(3));
-  }), at::kCPU));
+  expect_caught(gradients_agree(FaultyOperator(nullptr,
+                                               [](const OpCall& call, OpResult& result) {
+                                                 if (!result.grad.contains("k")) return;
+                                                 result.grad["k"] =
+                                                     result.grad["k"] *
+                                                     (1 + 1e-3 * call.inputs.at("q").size(3));
+                                               }),
+                                at::kCPU));
 }
 
 TEST(PlantedFaults, Law5CatchesARowThatNobodyWrote) {
-  expect_caught(poison_is_overwritten(FaultyOperator(nullptr, [](const OpCall&, OpResult& result) {
-    at::Tensor& o = result.out["o"];
-    if (o.size(1) == 0) return;
-    auto unwritten = at::empty_like(o, at::MemoryFormat::Contiguous);
-    unwritten.narrow(1, 0, o.size(1) - 1).copy_(o.narrow(1, 0, o.size(1) - 1));
-    o = unwritten;
-  }), at::kCPU));
+  expect_caught(poison_is_overwritten(
+      FaultyOperator(nullptr,
+                     [](const OpCall&, OpResult& result) {
+                       at::Tensor& o = result.out["o"];
+                       if (o.size(1) == 0) return;
+                       auto unwritten = at::empty_like(o, at::MemoryFormat::Contiguous);
+                       unwritten.narrow(1, 0, o.size(1) - 1).copy_(o.narrow(1, 0, o.size(1) - 1));
+                       o = unwritten;
+                     }),
+      at::kCPU));
 }
 
 TEST(PlantedFaults, Law7CatchesASumInRandomOrder) {
-  expect_caught(same_input_same_bits(FaultyOperator(nullptr, [](const OpCall&, OpResult& result) {
-    static int calls = 0;
-    result.out["o"] = result.out["o"] * (1 + 1e-6 * (++calls % 7));
-  }), at::kCPU));
+  expect_caught(same_input_same_bits(FaultyOperator(nullptr,
+                                                    [](const OpCall&, OpResult& result) {
+                                                      static int calls = 0;
+                                                      result.out["o"] = result.out["o"] *
+                                                                        (1 + 1e-6 * (++calls % 7));
+                                                    }),
+                                     at::kCPU));
 }
 
 TEST(PlantedFaults, Law8CatchesAnOperatorThatTakesAnything) {
@@ -118,25 +155,37 @@ TEST(PlantedFaults, Law8CatchesAnOperatorThatTakesAnything) {
 }
 
 TEST(PlantedFaults, Law9CatchesALostLastToken) {
-  expect_caught(awkward_lengths_and_strides(FaultyOperator(nullptr, [](const OpCall&, OpResult& result) {
-    at::Tensor& o = result.out["o"];
-    if (o.size(1) % 64 == 1) o = o.index_fill(1, at::scalar_tensor(o.size(1) - 1, at::kLong), 0);
-  }), at::kCPU));
+  expect_caught(awkward_lengths_and_strides(
+      FaultyOperator(nullptr,
+                     [](const OpCall&, OpResult& result) {
+                       at::Tensor& o = result.out["o"];
+                       if (o.size(1) % 64 == 1)
+                         o = o.index_fill(1, at::scalar_tensor(o.size(1) - 1, at::kLong), 0);
+                     }),
+      at::kCPU));
 }
 
 TEST(PlantedFaults, Law9CatchesStridesReadAsContiguous) {
-  expect_caught(awkward_lengths_and_strides(FaultyOperator([](OpCall& call) {
-    auto& q = call.inputs["q"];
-    q = q.as_strided(q.sizes(), at::empty(q.sizes()).strides());
-  }, nullptr), at::kCPU));
+  expect_caught(awkward_lengths_and_strides(FaultyOperator(
+                                                [](OpCall& call) {
+                                                  auto& q = call.inputs["q"];
+                                                  q = q.as_strided(q.sizes(),
+                                                                   at::empty(q.sizes()).strides());
+                                                },
+                                                nullptr),
+                                            at::kCPU));
 }
 
 TEST(PlantedFaults, Law10CatchesAPeekAtTheNextToken) {
-  expect_caught(past_ignores_future(FaultyOperator(nullptr, [](const OpCall& call, OpResult& result) {
-    at::Tensor& o = result.out["o"];
-    const auto n = o.size(1) - 1;
-    o.narrow(1, 0, n).add_(call.inputs.at("v").narrow(1, 1, n).to(o.scalar_type()), 1e-3);
-  }), at::kCPU));
+  expect_caught(past_ignores_future(
+      FaultyOperator(nullptr,
+                     [](const OpCall& call, OpResult& result) {
+                       at::Tensor& o = result.out["o"];
+                       const auto n = o.size(1) - 1;
+                       o.narrow(1, 0, n).add_(
+                           call.inputs.at("v").narrow(1, 1, n).to(o.scalar_type()), 1e-3);
+                     }),
+      at::kCPU));
 }
 
 // The sound lightning layer, with the forward or the state spoiled.
@@ -165,7 +214,9 @@ class FaultyState : public State {
       for (auto& [name, t] : picked->inner_->tensors()) t.mul_(1 + 1e-6);
     return picked;
   }
-  std::int64_t bytes_bound(std::int64_t tokens) const override { return inner_->bytes_bound(tokens); }
+  std::int64_t bytes_bound(std::int64_t tokens) const override {
+    return inner_->bytes_bound(tokens);
+  }
 
   std::unique_ptr<State> inner_;
 
@@ -183,7 +234,8 @@ class FaultyMixer : public Mixer {
   at::Tensor forward(const at::Tensor& x, const Sequences& sequences, State* state) override {
     auto* faulty = dynamic_cast<FaultyState*>(state);
     if (faulty != nullptr) faulty->inner_->positions() = faulty->positions();
-    at::Tensor y = inner_->forward(x, sequences, faulty != nullptr ? faulty->inner_.get() : nullptr);
+    at::Tensor y =
+        inner_->forward(x, sequences, faulty != nullptr ? faulty->inner_.get() : nullptr);
     if (spoil_) spoil_(x, faulty != nullptr ? faulty->inner_.get() : nullptr, y);
     if (faulty != nullptr) faulty->positions() = faulty->inner_->positions();
     return y;
@@ -202,7 +254,9 @@ class FaultyMixer : public Mixer {
 LayerCase faulty_layer(FaultyState::Fault fault, FaultyMixer::Spoil spoil) {
   LayerCase layer = layer_case(*find_mechanism("lightning").value(), at::kCPU);
   const auto sound = layer.make;
-  layer.make = [=]() -> std::shared_ptr<Mixer> { return std::make_shared<FaultyMixer>(sound(), fault, spoil); };
+  layer.make = [=]() -> std::shared_ptr<Mixer> {
+    return std::make_shared<FaultyMixer>(sound(), fault, spoil);
+  };
   return layer;
 }
 
@@ -216,20 +270,26 @@ TEST(PlantedFaults, TheWrappersAloneBreakNothing) {
 }
 
 TEST(PlantedFaults, Law2CatchesALayerThatForgetsAtSingleTokens) {
-  expect_caught(layer_split(faulty_layer(FaultyState::Fault::kNone, [](const at::Tensor& x, State* state, at::Tensor&) {
-    if (state == nullptr || x.size(1) != 1) return;
-    TensorMap zeros;
-    for (const auto& [name, t] : state->tensors()) zeros[name] = at::zeros_like(t);
-    (void)state->restore(zeros);
-  }), at::kCPU));
+  expect_caught(layer_split(faulty_layer(FaultyState::Fault::kNone,
+                                         [](const at::Tensor& x, State* state, at::Tensor&) {
+                                           if (state == nullptr || x.size(1) != 1) return;
+                                           TensorMap zeros;
+                                           for (const auto& [name, t] : state->tensors())
+                                             zeros[name] = at::zeros_like(t);
+                                           (void)state->restore(zeros);
+                                         }),
+                            at::kCPU));
 }
 
 TEST(PlantedFaults, Law2CatchesRaggedStreamsThatShareALength) {
-  expect_caught(layer_ragged(faulty_layer(FaultyState::Fault::kNone, [](const at::Tensor&, State* state, at::Tensor&) {
-    if (state == nullptr) return;
-    auto& positions = state->positions();
-    std::ranges::fill(positions, std::ranges::max(positions));
-  }), at::kCPU));
+  expect_caught(layer_ragged(faulty_layer(FaultyState::Fault::kNone,
+                                          [](const at::Tensor&, State* state, at::Tensor&) {
+                                            if (state == nullptr) return;
+                                            auto& positions = state->positions();
+                                            std::ranges::fill(positions,
+                                                              std::ranges::max(positions));
+                                          }),
+                             at::kCPU));
 }
 
 TEST(PlantedFaults, Law3CatchesAStateThatKeepsTheText) {
@@ -245,10 +305,12 @@ TEST(PlantedFaults, Law6CatchesAForkThatIsNotACopy) {
 }
 
 TEST(PlantedFaults, Law10CatchesALayerThatNormalisesOverTime) {
-  expect_caught(layer_past_ignores_future(
-      faulty_layer(FaultyState::Fault::kNone,
-                   [](const at::Tensor&, State*, at::Tensor& y) { y = y / (1 + 1e-3 * y.abs().mean(1, true)); }),
-      at::kCPU));
+  expect_caught(
+      layer_past_ignores_future(faulty_layer(FaultyState::Fault::kNone,
+                                             [](const at::Tensor&, State*, at::Tensor& y) {
+                                               y = y / (1 + 1e-3 * y.abs().mean(1, true));
+                                             }),
+                                at::kCPU));
 }
 
 }  // namespace

@@ -10,12 +10,14 @@ Status check(cudaError_t error, const char* what) {
   return unsupported("CUDA: ", what, ": ", cudaGetErrorString(error));
 }
 
-// from, to [words] of 16 bytes; grid-stride, so that any grid covers any size. Four loads are in flight before the
-// first store: one is not enough to hide the latency of HBM.
-__global__ void copy_words(const uint4* __restrict__ from, uint4* __restrict__ to, std::int64_t words) {
+// from, to [words] of 16 bytes; grid-stride, so that any grid covers any size. Four loads are in
+// flight before the first store: one is not enough to hide the latency of HBM.
+__global__ void copy_words(const uint4* __restrict__ from, uint4* __restrict__ to,
+                           std::int64_t words) {
   constexpr int kInFlight = 4;
   const std::int64_t stride = std::int64_t{gridDim.x} * blockDim.x;
-  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < words; i += kInFlight * stride) {
+  for (std::int64_t i = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < words;
+       i += kInFlight * stride) {
     uint4 word[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j)
@@ -52,12 +54,14 @@ class CopyBench {
     double best = 0;
     for (int round = 0; round <= rounds; ++round) {
       (void)cudaEventRecord(start_);
-      copy_words<<<blocks, 512>>>(static_cast<const uint4*>(from_), static_cast<uint4*>(to_), bytes / 16);
+      copy_words<<<blocks, 512>>>(static_cast<const uint4*>(from_), static_cast<uint4*>(to_),
+                                  bytes / 16);
       (void)cudaEventRecord(stop_);
       EVERLONG_RETURN_IF_ERROR(check(cudaEventSynchronize(stop_), "copying"));
       EVERLONG_RETURN_IF_ERROR(check(cudaGetLastError(), "launching the copy"));
       float milliseconds = 0;
-      EVERLONG_RETURN_IF_ERROR(check(cudaEventElapsedTime(&milliseconds, start_, stop_), "reading the time"));
+      EVERLONG_RETURN_IF_ERROR(
+          check(cudaEventElapsedTime(&milliseconds, start_, stop_), "reading the time"));
       const double rate = 2.0 * static_cast<double>(bytes / 16 * 16) / (milliseconds * 1e-3);
       if (round > 0 && rate > best) best = rate;  // the first round warms up
     }
@@ -74,7 +78,8 @@ class CopyBench {
 
 Result<DeviceInfo> device_info(int device) {
   cudaDeviceProp properties{};
-  EVERLONG_RETURN_IF_ERROR(check(cudaGetDeviceProperties(&properties, device), "asking what the device is"));
+  EVERLONG_RETURN_IF_ERROR(
+      check(cudaGetDeviceProperties(&properties, device), "asking what the device is"));
   DeviceInfo info;
   info.name = properties.name;
   info.multiprocessors = properties.multiProcessorCount;
@@ -87,7 +92,8 @@ Result<DeviceInfo> device_info(int device) {
 
 Result<double> measure_copy_bandwidth(int device, std::int64_t bytes, int rounds) {
   if (bytes < 16 || rounds < 1)
-    return invalid_argument("copy bandwidth: ", bytes, " bytes in ", rounds, " rounds; at least 16 and 1 are needed");
+    return invalid_argument("copy bandwidth: ", bytes, " bytes in ", rounds,
+                            " rounds; at least 16 and 1 are needed");
   EVERLONG_ASSIGN(const DeviceInfo info, device_info(device));
   CopyBench bench(device);
   return bench.run(bytes, rounds, 8 * info.multiprocessors);

@@ -67,10 +67,10 @@ class Lightning : public testing::Test {
   void SetUp() override { at::manual_seed(1); }
 };
 
-// Around the chunk (64) and the group; a short first chunk takes what is left over (trap: the
+// Around the chunk (32) and the block (256); a short first chunk takes what is left over (trap: the
 // tail's true length).
 TEST_F(Lightning, CompositeEqualsReferenceAtEveryLength) {
-  for (const std::int64_t tokens : {0, 1, 2, 31, 63, 64, 65, 127, 128, 129, 577, 1000})
+  for (const std::int64_t tokens : {0, 1, 2, 31, 32, 33, 64, 65, 255, 256, 257, 320, 577, 1000})
     for (const bool state : {false, true})
       expect_equal(random_call({.batch = 2, .tokens = tokens, .state = state}), "composite",
                    tolerance::kFormsFloat64, cat(tokens, " tokens", state ? ", state" : ""));

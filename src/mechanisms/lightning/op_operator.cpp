@@ -274,7 +274,9 @@ class AttentionOperator final : public Operator {
   OpCost cost(const OpShape& shape, std::string_view pass,
               std::size_t element_bytes) const override {
     const auto K = static_cast<double>(shape.key_dim), V = static_cast<double>(shape.value_dim);
-    const double rows = static_cast<double>(shape.batch * shape.tokens * shape.heads);
+    // A step costs the same after any number of tokens.
+    const std::int64_t tokens = pass == "step" ? 1 : shape.tokens;
+    const double rows = static_cast<double>(shape.batch * tokens * shape.heads);
     const double N =
         static_cast<double>(shape.cu_seqlens.empty() ? shape.batch : shape.cu_seqlens.size() - 1);
     const double state = 2 * N * static_cast<double>(shape.heads) * K * V *
