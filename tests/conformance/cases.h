@@ -82,12 +82,13 @@ inline Result<OpResult> truth(const Operator& op, const OpCall& given) {
 
 inline void seed_all(std::uint64_t seed) { at::manual_seed(seed); }
 
-// Random incoming gradients for every output and final state of the call.
+// Random incoming gradients for every output and final state of the call, the same for every form:
+// randn_like would fill them in the order of the output's strides.
 inline TensorMap random_gradients(const OpResult& result) {
   TensorMap grad_out;
-  for (const auto& [name, t] : result.out) grad_out[name] = at::randn_like(t);
+  for (const auto& [name, t] : result.out) grad_out[name] = at::randn(t.sizes(), t.options());
   for (const auto& [name, t] : result.state)
-    if (t.is_floating_point()) grad_out["state." + name] = at::randn_like(t);
+    if (t.is_floating_point()) grad_out["state." + name] = at::randn(t.sizes(), t.options());
   return grad_out;
 }
 

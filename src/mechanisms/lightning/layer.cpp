@@ -133,13 +133,17 @@ at::Tensor GatedLinearAttention::forward(const at::Tensor& x_BTD, const Sequence
                     "lightning: the state holds ", own == nullptr ? 0 : own->sequences(),
                     " sequences and the call ", sequences.count(B));
 
-  const at::Tensor qkvu = qkvu_proj_->forward(x_BTD).view({B, T, 4, H, D});
-  at::Tensor qk = qkvu.narrow(2, 0, 2);
+  // Split, not sliced: the gradient is then put together once, where each slice would bring a
+  // zero-filled whole.
+  const auto qk_v_u =
+      qkvu_proj_->forward(x_BTD).view({B, T, 4, H, D}).split_with_sizes({2, 1, 1}, 2);
+  at::Tensor qk = qk_v_u[0];
   if (settings_.activation == Activation::kSilu) qk = at::silu(qk);
   if (lrpe_ != nullptr) qk = lrpe_->forward(qk, positions_of(sequences, own, B, T, x_BTD.device()));
-  const Attention attention = decay_linear_attention(
-      qk.select(2, 0), qk.select(2, 1), qkvu.select(2, 2), decay_, sequences.offsets,
-      own == nullptr ? std::nullopt : std::optional(own->matrices()));
+  const auto q_k = qk.unbind(2);
+  const Attention attention =
+      decay_linear_attention(q_k[0], q_k[1], qk_v_u[1].squeeze(2), decay_, sequences.offsets,
+                             own == nullptr ? std::nullopt : std::optional(own->matrices()));
   if (own != nullptr) {
     own->set_matrices(attention.state_NHKV);
     for (std::int64_t n = 0; n < own->sequences(); ++n)
@@ -147,7 +151,7 @@ at::Tensor GatedLinearAttention::forward(const at::Tensor& x_BTD, const Sequence
   }
   const at::Tensor normed =
       simple_rms_norm(attention.o_BTHV.reshape({B, T, H * D}), settings_.norm_eps);
-  return out_proj_->forward(qkvu.select(2, 3).reshape({B, T, H * D}) * normed);
+  return out_proj_->forward(qk_v_u[2].reshape({B, T, H * D}) * normed);
 }
 
 }  // namespace everlong::lightning

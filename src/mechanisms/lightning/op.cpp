@@ -102,8 +102,9 @@ Attention forward(const Job& job, const Inputs& in, const Tensor& state,
   return {without_padding(out, in.v), from_rows(job, states, state)};
 }
 
-// The backward pass by hand: it keeps q, k, v and the checkpoints where autograd would keep every
-// product and its copies, and takes a third to a half less time.
+// The backward pass by hand: it keeps q, k, v and one state a block, where autograd would keep
+// every product and copy (three times as much again at K = V = 64), and both passes together take
+// 10 to 30 % less time.
 struct ChunkForm : torch::autograd::Function<ChunkForm> {
   struct Holder : torch::CustomClassHolder {
     explicit Holder(Job job_in) : job(std::move(job_in)) {}
@@ -145,7 +146,7 @@ Attention step(const Tensor& q, const Tensor& k, const Tensor& v, const Job& job
   const Tensor lost = job.tables().lost_in_tokens_Hm.select(1, 1).view({-1, 1, 1});
   const Tensor change = at::addcmul(token(k).unsqueeze(-1) * token(v).unsqueeze(-2), state, lost);
   const Tensor next = state + change;
-  const Tensor o = at::matmul((token(q) * job.decay.scale()).unsqueeze(-2), next);  // [B, H, 1, V]
+  const Tensor o = at::matmul(token(q).unsqueeze(-2), next) * job.decay.scale();  // [B, H, 1, V]
   return {o.transpose(1, 2).to(v.scalar_type()), next};
 }
 

@@ -28,7 +28,7 @@ Attention one_length(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
       at::matmul(at::matmul(q, k.mT()) * mask, v) + at::matmul(q * from_start, state.to(dtype));
   const Tensor kept = at::exp(-slope * static_cast<double>(T)).to(state.scalar_type());
   const Tensor next = state * kept + at::matmul((k * to_end).mT(), v).to(state.scalar_type());
-  return {o.transpose(1, 2), next};
+  return {o.transpose(1, 2).contiguous(), next};
 }
 
 }  // namespace

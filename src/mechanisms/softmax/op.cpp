@@ -137,7 +137,7 @@ at::Tensor attention(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const a
   const at::Tensor k = k_BSGK.transpose(1, 2).reshape({B * G, S, K});
   const at::Tensor v = v_BSGV.transpose(1, 2).reshape({B * G, S, V});
   const at::Tensor out = AttentionFunction::apply(q, k, v, R, options.window, scale);
-  return out.view({B, G, T, R, V}).permute({0, 2, 1, 3, 4}).reshape({B, T, H, V});
+  return out.view({B, G, T, R, V}).permute({0, 2, 1, 3, 4}).contiguous().view({B, T, H, V});
 }
 
 at::Tensor attention_packed(const at::Tensor& q_1THK, const at::Tensor& k_1TGK,
@@ -171,7 +171,7 @@ at::Tensor naive(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::T
   // A row of -inf alone has no softmax: a token that sees no key gives 0.
   const at::Tensor blind = hidden.all(-1, true);
   const at::Tensor p = at::softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0);
-  return at::matmul(p, v).transpose(1, 2);
+  return at::matmul(p, v).transpose(1, 2).contiguous();
 }
 
 }  // namespace everlong::softmax

@@ -18,11 +18,11 @@ struct Options {
   std::optional<double> scale;  // default 1 / sqrt(K)
 };
 
-// q [B, T, H, K], k [B, S, G, K], v [B, S, G, V] -> [B, T, H, V], H a multiple of G: query heads in
-// a row share a key/value head. One dtype and device for all; any strides. Low precision is
-// multiplied with fp32 accumulation and its softmax is fp32. Memory O(T + S): the backward
-// recomputes the probabilities. Same input, same bits. Does not wait for the device. Differentiable
-// once in q, k and v.
+// q [B, T, H, K], k [B, S, G, K], v [B, S, G, V] -> [B, T, H, V] contiguous, H a multiple of G:
+// query heads in a row share a key/value head. One dtype and device for all; any strides. Low
+// precision is multiplied with fp32 accumulation and its softmax is fp32. Memory O(T + S): the
+// backward recomputes the probabilities. Same input, same bits. Does not wait for the device.
+// Differentiable once in q, k and v.
 at::Tensor attention(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::Tensor& v_BSGV,
                      const Options& options);
 
