@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "mechanisms/softmax/op.h"
+#include "support/compare.h"
 
 namespace everlong::softmax {
 namespace {
@@ -100,8 +101,7 @@ TEST(Softmax, LowPrecisionIsAsGoodAsTheNaiveForm) {
       rounded.grad_out = to(low.grad_out, at::kDouble);
       const OpResult exact = run("reference", rounded), plain = run("naive", low),
                      got = run("composite", low);
-      const double atol =
-          dtype == at::kFloat ? 1e-6 : 1e-2;  // a rounding or two of values of size 1 to 4
+      const double atol = tolerance::floor_of(dtype);
       for (const auto& [name, want] : exact.out)
         EXPECT_LE(largest(got.out.at(name) - want), 2 * largest(plain.out.at(name) - want) + atol);
       for (const auto& [name, want] : exact.grad)
