@@ -10,6 +10,7 @@
 namespace everlong {
 namespace {
 
+constexpr int kWarmUpFeeds = 16;
 constexpr std::size_t kRecentFeeds = 16;  // of which `observed` is the median
 constexpr double kWindowGrowth = 1.1;     // 24 windows a decade
 
@@ -85,11 +86,15 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
   EVERLONG_RETURN_IF_ERROR(source.read(0, ids));
   const std::vector<std::int32_t> first_feed = ids;
   stream.reset();
-  reset_resident_peak();
   {
+    // Several feeds: the allocator grows to its working size over the first ones, and that would
+    // look like memory that grows with the text.
     Stream warm_up = stream.clone();
-    EVERLONG_ASSIGN(const auto ignored, advance(warm_up, first_feed, options.score, device));
+    for (int i = 0; i < kWarmUpFeeds; ++i) {
+      EVERLONG_ASSIGN(const auto ignored, advance(warm_up, first_feed, options.score, device));
+    }
   }
+  reset_resident_peak();
 
   PositionBuckets buckets;
   std::vector<Stream> copies;
