@@ -204,7 +204,7 @@ std::string streaming_figures(const Run& run) {
                 "rounds.") +
          figure(
              memory,
-             "Resident memory: program, libraries, weights, buffers, and the text as it is read.") +
+             "Most resident memory in each stretch: program, libraries, weights, buffers, text.") +
          figure(carried,
                 "One matrix per head and layer where the mechanism's state is bounded; softmax "
                 "layers grow.");

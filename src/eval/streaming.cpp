@@ -86,6 +86,9 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
   EVERLONG_RETURN_IF_ERROR(source.read(0, ids));
   const std::vector<std::int32_t> first_feed = ids;
   stream.reset();
+  // Before the warm-up, so that the first mark holds whole feeds like every other: its own may be
+  // cut short and needs less.
+  reset_resident_peak();
   {
     // Several feeds: the allocator grows to its working size over the first ones, and that would
     // look like memory that grows with the text.
@@ -94,7 +97,6 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
       EVERLONG_ASSIGN(const auto ignored, advance(warm_up, first_feed, options.score, device));
     }
   }
-  reset_resident_peak();
 
   PositionBuckets buckets;
   std::vector<Stream> copies;

@@ -1,8 +1,5 @@
 #include "train/run_file.h"
 
-#define TOML_EXCEPTIONS 0
-#include <toml++/toml.h>
-
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -10,9 +7,12 @@
 #include <sstream>
 
 #include "core/text.h"
+#include "train/toml_document.h"
 
 namespace everlong {
 namespace {
+
+using nlohmann::json;
 
 constexpr std::int64_t kMaxCount = std::int64_t{1} << 40;
 
@@ -60,190 +60,91 @@ std::string hint(const std::string& near) {
   return near.empty() ? "" : cat(". Did you mean \"", near, "\"?");
 }
 
-std::string shown(const toml::node& node) {
-  std::ostringstream out;
-  node.visit([&](const auto& value) { out << value; });
-  return out.str();
-}
-
-nlohmann::json to_json(const toml::node& node) {
-  if (const auto* table = node.as_table()) {
-    auto object = nlohmann::json::object();
-    for (const auto& [key, value] : *table) object[std::string(key.str())] = to_json(value);
-    return object;
-  }
-  if (const auto* array = node.as_array()) {
-    auto list = nlohmann::json::array();
-    for (const auto& value : *array) list.push_back(to_json(value));
-    return list;
-  }
-  if (const auto* value = node.as_string()) return value->get();
-  if (const auto* value = node.as_integer()) return value->get();
-  if (const auto* value = node.as_floating_point()) return value->get();
-  if (const auto* value = node.as_boolean()) return value->get();
-  return shown(node);  // dates: no setting is one, so the reader of the settings refuses the text
-}
-
-// A TOML document with overrides laid over it, which knows where each value came from.
-class Document {
- public:
-  static Result<Document> make(std::string_view text, const std::string& name,
-                               const std::vector<std::string>& overrides) {
-    auto parsed = toml::parse(text, name);
-    if (!parsed)
-      return invalid_argument(name, ":", parsed.error().source().begin.line,
-                              ": is not TOML: ", parsed.error().description());
-    Document document(name, std::move(parsed).table());
-    for (const auto& text_of_override : overrides)
-      EVERLONG_RETURN_IF_ERROR(document.lay_over(text_of_override));
-    return document;
-  }
-
-  const toml::table& root() const { return root_; }
-  const toml::node* find(const std::string& section, const std::string& key) const {
-    const auto* table = root_.get_as<toml::table>(section);
-    return table != nullptr ? table->get(key) : nullptr;
-  }
-  // "run.toml:12" or "--set train.steps=x".
-  std::string place(const std::string& path, const toml::node& node) const {
-    for (const auto& [overridden, text] : overrides_)
-      if (overridden == path || overridden.starts_with(path + ".")) return cat("--set ", text);
-    const auto line = node.source().begin.line;
-    return line == 0 ? name_ : cat(name_, ":", line);
-  }
-
- private:
-  Document(std::string name, toml::table root) : name_(std::move(name)), root_(std::move(root)) {}
-
-  Status lay_over(const std::string& text) {
-    const auto equals = text.find('=');
-    const std::string path = text.substr(0, equals);
-    if (equals == std::string::npos || path.find('.') == std::string::npos)
-      return invalid_argument("--set ", text,
-                              ": section.key=value is needed, as in train.steps=500");
-    toml::table* table = &root_;
-    std::size_t from = 0;
-    for (auto dot = path.find('.'); dot != std::string::npos; dot = path.find('.', from)) {
-      const std::string part = path.substr(from, dot - from);
-      auto* inner = table->insert(part, toml::table{}).first->second.as_table();
-      if (inner == nullptr)
-        return invalid_argument("--set ", text, ": ", part, " is a value, not a section");
-      table = inner;
-      from = dot + 1;
-    }
-    const std::string value = text.substr(equals + 1), key = path.substr(from);
-    if (auto parsed = toml::parse(cat("value = ", value, "\n"));
-        parsed && parsed.table().size() == 1) {
-      table->insert_or_assign(key, std::move(*parsed.table().get("value")));
-    } else {
-      table->insert_or_assign(key, value);
-    }
-    overrides_[path] = text;
-    return {};
-  }
-
-  std::string name_;
-  toml::table root_;
-  std::map<std::string, std::string> overrides_;  // path -> as given
-};
-
 // Fills the settings and remembers the first thing wrong.
 class Reader {
  public:
-  explicit Reader(const Document& document) : document_(document) {}
+  explicit Reader(const TomlDocument& document) : document_(document) {}
 
   void section(const std::string& name) { section_ = name; }
   void text(const std::string& key, std::string& value) {
-    if (const auto* node = find(key))
-      read(key, *node, node->as_string(), value, "a text is needed");
+    const json* given = find(key);
+    if (given == nullptr) return;
+    if (!given->is_string()) return fail(key, *given, "a text is needed");
+    value = *given;
   }
   void boolean(const std::string& key, bool& value) {
-    if (const auto* node = find(key))
-      read(key, *node, node->as_boolean(), value, "true or false is needed");
+    const json* given = find(key);
+    if (given == nullptr) return;
+    if (!given->is_boolean()) return fail(key, *given, "true or false is needed");
+    value = *given;
   }
   void choice(const std::string& key, std::string& value, const std::vector<std::string>& allowed) {
-    const auto* node = find(key);
-    if (node == nullptr) return;
-    const auto* given = node->as_string();
-    if (given != nullptr && std::ranges::find(allowed, given->get()) != allowed.end()) {
-      value = given->get();
-      return;
-    }
-    fail(key, *node,
-         cat("is not allowed; one of: ", join(allowed, ", "),
-             given != nullptr ? hint(nearest(given->get(), allowed)) : ""));
+    const json* given = find(key);
+    if (given == nullptr) return;
+    const std::string name = given->is_string() ? given->get<std::string>() : "";
+    if (std::ranges::find(allowed, name) == allowed.end())
+      return fail(key, *given, cat("one of: ", join(allowed, ", "), hint(nearest(name, allowed))));
+    value = name;
   }
   void integer(const std::string& key, std::int64_t& value, std::int64_t min, std::int64_t max) {
-    const auto* node = find(key);
-    if (node == nullptr) return;
-    std::optional<std::int64_t> given;
-    if (const auto* number = node->as_integer()) given = number->get();
-    if (const auto* count = node->as_string()) given = parse_count(count->get());
-    if (given && *given >= min && *given <= max) {
-      value = *given;
-      return;
-    }
-    fail(key, *node, cat("is not allowed; a whole number from ", min, " to ", max, " is needed"));
+    const json* given = find(key);
+    if (given == nullptr) return;
+    std::optional<std::int64_t> number;
+    if (given->is_number_integer()) number = given->get<std::int64_t>();
+    if (given->is_string()) number = parse_count(given->get<std::string>());
+    if (!number || *number < min || *number > max)
+      return fail(key, *given, cat("a whole number from ", min, " to ", max, " is needed"));
+    value = *number;
   }
   void number(const std::string& key, double& value, double min, double max) {
-    const auto* node = find(key);
-    if (node == nullptr) return;
-    const double given =
-        node->is_number() ? node->value<double>().value_or(std::nan("")) : std::nan("");
-    if (given >= min && given <= max) {
-      value = given;
-      return;
-    }
-    fail(key, *node, cat("is not allowed; a number from ", min, " to ", max, " is needed"));
+    const json* given = find(key);
+    if (given == nullptr) return;
+    const double number = given->is_number() ? given->get<double>() : std::nan("");
+    if (!(number >= min && number <= max))
+      return fail(key, *given, cat("a number from ", min, " to ", max, " is needed"));
+    value = number;
   }
 
   // The first error, or the first key that nobody asked for.
   Status finish() const {
     if (!first_error_.ok()) return first_error_;
-    for (const auto& [name, node] : document_.root()) {
-      const std::string section(name.str());
+    for (const auto& [section, values] : document_.root().items()) {
       if (std::ranges::find(kSections, section) == kSections.end())
-        return invalid_argument(document_.place(section, node), ": ", section,
+        return invalid_argument(document_.place(section), ": ", section,
                                 " is not a section; known: ", join(kSections, ", "),
                                 hint(nearest(section, kSections)));
-      if (!node.is_table())
-        return invalid_argument(document_.place(section, node), ": ", section, " = ", shown(node),
+      if (!values.is_object())
+        return invalid_argument(document_.place(section), ": ", section, " = ", values.dump(),
                                 " is not allowed; [", section, "] opens a section of settings");
       if (section == "model") continue;  // its reader knows its keys
       const auto& known = known_.at(section);
-      for (const auto& [key_of_node, value] : *node.as_table()) {
-        const std::string key(key_of_node.str());
-        if (std::ranges::find(known, key) == known.end())
-          return invalid_argument(document_.place(section + "." + key, value), ": ", section, ".",
-                                  key, " is not a setting; known: ", join(known, ", "),
-                                  hint(nearest(key, known)));
+      for (const auto& [key, value] : values.items()) {
+        if (std::ranges::find(known, key) != known.end()) continue;
+        const std::string path = cat(section, ".", key);
+        return invalid_argument(document_.place(path), ": ", path,
+                                " is not a setting; known: ", join(known, ", "),
+                                hint(nearest(key, known)));
       }
     }
     return {};
   }
 
  private:
-  const toml::node* find(const std::string& key) {
+  const json* find(const std::string& key) {
     known_[section_].push_back(key);
-    return document_.find(section_, key);
+    const auto section = document_.root().find(section_);
+    if (section == document_.root().end() || !section->is_object()) return nullptr;
+    const auto found = section->find(key);
+    return found == section->end() ? nullptr : &*found;
   }
-  template <class Given, class T>
-  void read(const std::string& key, const toml::node& node, const Given* given, T& value,
-            const char* needed) {
-    if (given != nullptr) {
-      value = given->get();
-    } else {
-      fail(key, node, cat("is not allowed; ", needed));
-    }
-  }
-  void fail(const std::string& key, const toml::node& node, const std::string& why) {
+  void fail(const std::string& key, const json& given, const std::string& allowed) {
     if (!first_error_.ok()) return;
-    const std::string path = section_ + "." + key;
-    first_error_ =
-        invalid_argument(document_.place(path, node), ": ", path, " = ", shown(node), " ", why);
+    const std::string path = cat(section_, ".", key);
+    first_error_ = invalid_argument(document_.place(path), ": ", path, " = ", given.dump(),
+                                    " is not allowed; ", allowed);
   }
 
-  const Document& document_;
+  const TomlDocument& document_;
   std::string section_;
   std::map<std::string, std::vector<std::string>> known_;
   Status first_error_;
@@ -262,10 +163,10 @@ class Writer {
   }
   void number(const std::string& key, double value, double, double) { line(key, value); }
   // JSON's scalars and arrays are TOML as they stand.
-  void line(const std::string& key, const nlohmann::json& value) {
+  void line(const std::string& key, const json& value) {
     out_ += cat(key, " = ", value.dump(), "\n");
   }
-  void table(const std::string& name, const nlohmann::json& object) {
+  void table(const std::string& name, const json& object) {
     section(name);
     for (const auto& [key, value] : object.items())
       if (!value.is_object() && !value.is_null()) line(key, value);
@@ -279,7 +180,7 @@ class Writer {
 };
 
 // layer_types as a list, from a list or a pattern; num_hidden_layers is then settled by it.
-Status settle_layers(nlohmann::json& model) {
+Status settle_layers(json& model) {
   std::int64_t layers = 0;
   if (model.contains("num_hidden_layers")) {
     const auto& given = model["num_hidden_layers"];
@@ -303,21 +204,15 @@ Status settle_layers(nlohmann::json& model) {
   return {};
 }
 
-Result<ModelConfig> read_model(const Document& document) {
-  const auto* table = document.root().get_as<toml::table>("model");
-  auto model = to_json(*table);
+Result<ModelConfig> read_model(const TomlDocument& document) {
+  json model = document.root().at("model");
   // The reader of config.json opens a message with the key, and only this file knows the key's
   // line.
   const auto with_line = [&](const Status& status) {
-    const toml::node* best = table;
-    std::string path = "model";
-    for (const auto& [name, node] : *table) {
-      const std::string key(name.str());
-      if (!status.message().starts_with(key) || key.size() + 6 < path.size()) continue;
-      best = &node;
-      path = "model." + key;
-    }
-    return status.at(cat(document.place(path, *best), ": [model]"));
+    std::string key;  // the longest that fits
+    for (const auto& [name, value] : document.root().at("model").items())
+      if (status.message().starts_with(name) && name.size() > key.size()) key = name;
+    return status.at(cat(document.place(key.empty() ? "model" : "model." + key), ": [model]"));
   };
   if (const Status status = settle_layers(model); !status.ok()) return with_line(status);
   const std::string marker = "model";
@@ -388,7 +283,7 @@ Result<std::vector<std::string>> expand_layer_pattern(const std::string& pattern
 
 Result<RunFile> RunFile::parse(std::string_view toml, const std::string& name,
                                const std::vector<std::string>& overrides) {
-  EVERLONG_ASSIGN(const auto document, Document::make(toml, name, overrides));
+  EVERLONG_ASSIGN(const auto document, TomlDocument::parse(toml, name, overrides));
   RunFile run;
   run.name = name;
   Reader reader(document);
@@ -401,7 +296,7 @@ Result<RunFile> RunFile::parse(std::string_view toml, const std::string& name,
           name, ": [model] is missing; describe the model, or continue one with train.from_model");
     EVERLONG_ASSIGN(run.model, read_model(document));
   } else if (has_model) {
-    return invalid_argument(document.place("model", *document.root().get("model")),
+    return invalid_argument(document.place("model"),
                             ": [model] and train.from_model exclude each other: the folder ",
                             run.train.from_model, " has its own config.json");
   }
