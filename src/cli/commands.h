@@ -12,5 +12,6 @@ void add_stream(Command& program);
 void add_bench(Command& program);  // bench op, bench model
 void add_info(Command& program);
 void add_report(Command& program);
+void add_convert(Command& program);
 
 }  // namespace everlong::cli

@@ -5,6 +5,7 @@
 #include "cli/terminal.h"
 #include "core/text.h"
 #include "mechanisms/mechanism.h"
+#include "models/presets.h"
 
 namespace everlong::cli {
 namespace {
@@ -12,15 +13,21 @@ namespace {
 constexpr std::int64_t kNear = 1 << 10, kFar = 1 << 20;  // tokens at which the bound is shown
 
 struct InfoCommand {
-  std::string model;
+  std::string model, preset_name;
   PlaceOptions place;
   bool why = false, json = false;
 
-  Status run() const { return model.empty() ? list_mechanisms() : describe_model(); }
+  Status run() const {
+    if (!preset_name.empty()) return describe_preset();
+    return model.empty() ? list_mechanisms() : describe_model();
+  }
 
  private:
   Status list_mechanisms() const;
   Status describe_model() const;
+  Status describe_preset() const;
+  Status describe(const Decoder& decoder, const std::string& title, const Place& where,
+                  nlohmann::ordered_json& object) const;
 };
 
 Status InfoCommand::list_mechanisms() const {
@@ -63,27 +70,44 @@ Status InfoCommand::list_mechanisms() const {
 }
 
 Status InfoCommand::describe_model() const {
-  const ModelOptions options{model, place};
-  EVERLONG_ASSIGN(const auto loaded, options.load());
-  Decoder& decoder = *loaded.model;
+  EVERLONG_ASSIGN(const Place where, place.resolve());
+  const fs::path folder = model_folder(model);
+  EVERLONG_ASSIGN(const auto decoder, load_model(folder, where.device, where.dtype));
+  nlohmann::ordered_json object = {{"model", folder.string()},
+                                   {"fingerprint", fingerprint(*decoder)}};
+  return describe(*decoder, folder.string(), where, object);
+}
+
+Status InfoCommand::describe_preset() const {
+  if (!model.empty())
+    return invalid_argument("--model ", model, " and --preset ", preset_name,
+                            " are two models; name one");
+  EVERLONG_ASSIGN(const Place where, place.resolve());
+  EVERLONG_ASSIGN(const ModelConfig config, preset(preset_name));
+  EVERLONG_ASSIGN(const auto decoder, Decoder::make(config, WeightInit::kMeta));
+  decoder->to(where.dtype);
+  nlohmann::ordered_json object = {{"preset", preset_name}};
+  return describe(*decoder, preset_name, where, object);
+}
+
+// Adds what every model has to `object`, and prints it or the table.
+Status InfoCommand::describe(const Decoder& decoder, const std::string& title, const Place& where,
+                             nlohmann::ordered_json& object) const {
   const ModelConfig& config = decoder.config();
   const ModelState state = decoder.make_state(1);
-  nlohmann::ordered_json object = {
-      {"model", loaded.folder.string()},
-      {"parameters", decoder.parameter_count()},
-      {"fingerprint", fingerprint(decoder)},
-      {"config", nlohmann::ordered_json::parse(config.to_json().dump())},
-      {"state_bytes", state.bytes()},
-      {"state_bytes_bound_1k", state.bytes_bound(kNear)},
-      {"state_bytes_bound_1m", state.bytes_bound(kFar)},
-      {"layers", nlohmann::ordered_json::array()}};
+  object.update({{"parameters", decoder.parameter_count()},
+                 {"config", nlohmann::ordered_json::parse(config.to_json().dump())},
+                 {"state_bytes", state.bytes()},
+                 {"state_bytes_bound_1k", state.bytes_bound(kNear)},
+                 {"state_bytes_bound_1m", state.bytes_bound(kFar)},
+                 {"layers", nlohmann::ordered_json::array()}});
   std::vector<std::string> head = {"layer", "mechanism", "state at 1K", "at 1M tokens"};
   if (why) head.emplace_back("path");
   Table table(std::move(head), {0, 1, 4});
   const auto size = [](std::int64_t bytes) { return human_bytes(static_cast<double>(bytes)); };
   for (std::int64_t i = 0; i < config.num_layers(); ++i) {
     const auto index = static_cast<std::size_t>(i);
-    const std::string path = decoder.mixer(i).path(loaded.place.device);
+    const std::string path = decoder.mixer(i).path(where.device);
     const std::int64_t near = state.layer(index).bytes_bound(kNear),
                        far = state.layer(index).bytes_bound(kFar);
     object["layers"].push_back({{"mechanism", config.layer_types[index]},
@@ -94,16 +118,18 @@ Status InfoCommand::describe_model() const {
     if (why) row.push_back(path);
     table.add(std::move(row));
   }
-  object.update(describe(loaded.place));
+  object.update(cli::describe(where));
   if (json) {
     print_json(object);
     return {};
   }
   table.add({"all", "", size(state.bytes_bound(kNear)), size(state.bytes_bound(kFar))});
-  print(cat(loaded.folder.string(), ": ", with_commas(decoder.parameter_count()), " parameters, ",
-            config.block, " blocks of width ", config.hidden_size, ", vocabulary ",
-            config.vocab_size, " (", config.tokenizer, "), on ", loaded.place.device.str(), "\n\n",
-            table.text()));
+  const std::string experts = config.num_experts == 0 ? ""
+                                                      : cat(", ", config.experts_per_token, " of ",
+                                                            config.num_experts, " experts a token");
+  print(cat(title, ": ", with_commas(decoder.parameter_count()), " parameters, ", config.block,
+            " blocks of width ", config.hidden_size, experts, ", vocabulary ", config.vocab_size,
+            " (", config.tokenizer, "), on ", where.device.str(), "\n\n", table.text()));
   return {};
 }
 
@@ -115,13 +141,18 @@ void add_info(Command& program) {
       "info", "The mechanisms, or what a model is made of",
       "Without a model: the mechanisms of this program and what each declares to lack. With one: "
       "its layers, the bytes "
-      "of state each may hold, and with --why the code that runs it on this machine.");
+      "of state each may hold, and with --why the code that runs it on this machine. A preset is "
+      "the shape of a published model, whose weights are not needed: ones of any size.");
   info.option("-m,--model DIR", command.model, "model folder, or a run folder that holds one");
+  std::vector<std::string> names;
+  for (const Preset& known : presets()) names.emplace_back(known.name);
+  info.option("-p,--preset NAME", command.preset_name, cat("published model: ", join(names, ", ")));
   command.place.add(info);
   info.flag("--why", command.why, "which path runs in each layer");
   info.flag("--json", command.json, "print JSON");
   info.example("everlong info");
   info.example("everlong info --model runs/demo --why");
+  info.example("everlong info --preset minimax-text-01");
   info.run([] { return command.run(); });
 }
 

@@ -40,7 +40,7 @@ Status print_version() {
 // The OpenMP runtime reads its settings before main does anything: so a program that is about to
 // compute starts itself once more, unless the user has chosen.
 void wait_asleep(int argc, char** argv) {
-  constexpr std::array kComputing = {"train", "generate", "eval", "stream", "bench"};
+  constexpr std::array kComputing = {"train", "generate", "eval", "stream", "bench", "convert"};
   const bool computes =
       argc > 1 && std::ranges::find(kComputing, std::string_view(argv[1])) != kComputing.end();
   if (!computes || std::getenv("OMP_WAIT_POLICY") != nullptr ||
@@ -65,6 +65,7 @@ void build(Command& program, Globals& globals) {
   add_bench(program);
   add_info(program);
   add_report(program);
+  add_convert(program);
   program.flag("--version", globals.version,
                "Versions of program, torch and CUDA, and the instruction set in use");
   program.flag("-q,--quiet", globals.quiet, "No progress and no notes; data and errors stay");

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <system_error>
 
@@ -61,13 +62,15 @@ Status AtomicFile::commit() {
     ::unlink(temporary_.c_str());
     return status;
   }
-  if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
-    const Status status = failed("rename into place", temporary_);
-    ::unlink(temporary_.c_str());
-    return status;
-  }
+  const Status status = rename_file(temporary_, target_);
+  if (!status.ok()) ::unlink(temporary_.c_str());
+  return status;
+}
+
+Status rename_file(const fs::path& from, const fs::path& to) {
+  if (::rename(from.c_str(), to.c_str()) != 0) return failed("rename into place", from);
   // The rename itself is durable only once the folder is.
-  const fs::path folder = target_.has_parent_path() ? target_.parent_path() : fs::path(".");
+  const fs::path folder = to.has_parent_path() ? to.parent_path() : fs::path(".");
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (descriptor >= 0) {
     ::fsync(descriptor);
@@ -115,6 +118,15 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+void MappedFile::release(std::span<const std::byte> part) const {
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  // Pages shared with what lies before or after may go as well: what is read again comes back.
+  const auto first = reinterpret_cast<std::uintptr_t>(part.data()) / page * page;
+  const auto last = reinterpret_cast<std::uintptr_t>(part.data() + part.size());
+  if (!part.empty())  // advice: where it fails, memory is only freed later
+    ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
 Result<MappedFile> MappedFile::open(const fs::path& path) {

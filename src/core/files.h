@@ -35,6 +35,8 @@ Status write_file(const fs::path& path, std::string_view text);
 // Refuses files larger than `limit` bytes: a config of a gigabyte is a mistake, not a config.
 Result<std::string> read_file(const fs::path& path, std::size_t limit = std::size_t{64} << 20);
 Status make_directories(const fs::path& path);
+// Within one file system; an existing file is replaced in one step that a crash does not undo.
+Status rename_file(const fs::path& from, const fs::path& to);
 
 // Read-only map of a whole file; the bytes stay valid while the object lives. Thread safe to read.
 class MappedFile {
@@ -46,6 +48,9 @@ class MappedFile {
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   const fs::path& path() const { return path_; }
+  // Lets go of the memory that reading `part` (of bytes()) took; reading it again costs a read of
+  // the file. So a file larger than memory can be read from end to end. Whole pages only.
+  void release(std::span<const std::byte> part) const;
 
  private:
   MappedFile(fs::path path, const std::byte* data, std::size_t size);

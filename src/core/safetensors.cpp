@@ -7,6 +7,8 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "core/strict_json.h"
+
 namespace everlong {
 namespace {
 
@@ -18,54 +20,12 @@ constexpr std::string_view kMetadata = "__metadata__";
 static_assert(std::endian::native == std::endian::little,
               "tensor data are written as they lie in memory");
 
-// A JSON object keeps one of two members of the same name; this remembers that there were two.
-class DuplicateNames {
- public:
-  bool operator()(int, json::parse_event_t event, json& parsed) {
-    if (event == json::parse_event_t::object_start) open_.emplace_back();
-    if (event == json::parse_event_t::object_end) open_.pop_back();
-    if (event == json::parse_event_t::key) {
-      const auto& name = parsed.get_ref<const std::string&>();
-      if (!open_.back().insert(name).second && !found_) {
-        found_ = true;
-        name_ = name;
-      }
-    }
-    return true;
-  }
-  bool found() const { return found_; }
-  const std::string& name() const { return name_; }
-
- private:
-  std::vector<std::set<std::string>> open_;
-  bool found_ = false;
-  std::string name_;
-};
-
 std::string shape_text(const std::vector<std::int64_t>& shape) { return json(shape).dump(); }
-
-// Elements times bytes of one, or a failure when the product leaves 64 bits.
-Result<std::uint64_t> data_bytes(const TensorEntry& entry) {
-  std::uint64_t total = info(entry.dtype).bytes;
-  for (const std::int64_t extent : entry.shape) {
-    if (extent < 0) return corrupt("shape ", shape_text(entry.shape), " has a negative extent");
-    if (__builtin_mul_overflow(total, static_cast<std::uint64_t>(extent), &total))
-      return corrupt("shape ", shape_text(entry.shape), " does not fit in 64-bit bytes");
-  }
-  return total;
-}
 
 struct Range {
   std::uint64_t begin = 0, end = 0;
   std::string name;
 };
-
-// A list of whole numbers >= 0 that fit in int64.
-bool is_list_of_counts(const json& value) {
-  return value.is_array() && std::ranges::all_of(value, [](const json& item) {
-           return item.is_number_unsigned() && item.get<std::uint64_t>() <= INT64_MAX;
-         });
-}
 
 Result<TensorEntry> read_entry(const json& object, std::span<const std::byte> data, Range& range) {
   if (!object.is_object()) return corrupt("is ", object.type_name(), "; an object is needed");
@@ -97,7 +57,7 @@ Result<TensorEntry> read_entry(const json& object, std::span<const std::byte> da
   if (range.begin > range.end || range.end > data.size())
     return corrupt("data_offsets ", offsets.dump(), " do not lie in order within the ", data.size(),
                    " bytes of data");
-  EVERLONG_ASSIGN(const std::uint64_t needed, data_bytes(entry));
+  EVERLONG_ASSIGN(const std::uint64_t needed, tensor_bytes(entry.dtype, entry.shape));
   if (range.end - range.begin != needed)
     return corrupt("data_offsets ", offsets.dump(), " hold ", range.end - range.begin,
                    " bytes; shape ", shape.dump(), " of ", info(entry.dtype).safetensors_name,
@@ -138,6 +98,16 @@ Status check_cover(std::vector<Range>& ranges, std::uint64_t data_size) {
 
 }  // namespace
 
+Result<std::uint64_t> tensor_bytes(DType dtype, const std::vector<std::int64_t>& shape) {
+  std::uint64_t total = info(dtype).bytes;
+  for (const std::int64_t extent : shape) {
+    if (extent < 0) return corrupt("shape ", shape_text(shape), " has a negative extent");
+    if (__builtin_mul_overflow(total, static_cast<std::uint64_t>(extent), &total))
+      return corrupt("shape ", shape_text(shape), " does not fit in 64-bit bytes");
+  }
+  return total;
+}
+
 Result<SafetensorsContent> parse_safetensors(std::span<const std::byte> bytes) {
   std::uint64_t header_bytes = 0;
   if (bytes.size() < sizeof header_bytes)
@@ -155,14 +125,7 @@ Result<SafetensorsContent> parse_safetensors(std::span<const std::byte> bytes) {
 
   if (header_bytes == 0 || *text != '{')
     return corrupt("the header does not start with \"{\": not a safetensors file");
-  // The parser would take a zero byte for the end of the text and overlook what follows.
-  if (std::memchr(text, 0, header_bytes) != nullptr)
-    return corrupt("the header is not a valid JSON object: it holds a zero byte");
-  DuplicateNames duplicates;
-  const json header =
-      json::parse(text, text + header_bytes, std::ref(duplicates), /*allow_exceptions=*/false);
-  if (!header.is_object()) return corrupt("the header is not a valid JSON object");
-  if (duplicates.found()) return corrupt("the header holds \"", duplicates.name(), "\" twice");
+  EVERLONG_ASSIGN(const json header, parse_strict_object({text, header_bytes}, "header"));
 
   SafetensorsContent content;
   std::vector<Range> ranges;
@@ -189,32 +152,32 @@ Result<SafetensorsFile> SafetensorsFile::open(const fs::path& path) {
   return SafetensorsFile(std::move(file), *std::move(content));
 }
 
-Status write_safetensors(const fs::path& path, const std::map<std::string, TensorEntry>& tensors,
-                         const std::map<std::string, std::string>& metadata) {
+Status write_safetensors(const fs::path& path, const std::vector<TensorPlan>& tensors,
+                         const std::map<std::string, std::string>& metadata,
+                         const TensorBytes& bytes_of) {
   // Wide elements first: with the header padded to 8 bytes every tensor then starts at a multiple
   // of its element.
-  std::vector<const std::pair<const std::string, TensorEntry>*> order;
-  for (const auto& item : tensors) order.push_back(&item);
+  std::vector<const TensorPlan*> order;
+  for (const auto& tensor : tensors) order.push_back(&tensor);
   std::ranges::stable_sort(order, std::greater{},
-                           [](const auto* item) { return info(item->second.dtype).bytes; });
+                           [](const auto* tensor) { return info(tensor->dtype).bytes; });
 
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header[std::string(kMetadata)] = metadata;
   std::uint64_t offset = 0;
-  for (const auto* item : order) {
-    const auto& [name, entry] = *item;
+  std::set<std::string_view> names;
+  for (const auto* tensor : order) {
+    const std::string& name = tensor->name;
     if (name == kMetadata)
       return invalid_argument(path.string(), ": no tensor can be called ", kMetadata);
-    const auto needed = data_bytes(entry);
+    const auto needed = tensor_bytes(tensor->dtype, tensor->shape);
     if (!needed.ok())
       return invalid_argument(path.string(), ": tensor \"", name,
                               "\": ", needed.status().message());
-    if (entry.bytes.size() != *needed)
-      return invalid_argument(path.string(), ": tensor \"", name, "\": shape ",
-                              shape_text(entry.shape), " needs ", *needed, " bytes; ",
-                              entry.bytes.size(), " were given");
-    header[name] = {{"dtype", info(entry.dtype).safetensors_name},
-                    {"shape", entry.shape},
+    if (!names.insert(name).second)
+      return invalid_argument(path.string(), ": tensor \"", name, "\" is given twice");
+    header[name] = {{"dtype", info(tensor->dtype).safetensors_name},
+                    {"shape", tensor->shape},
                     {"data_offsets", {offset, offset + *needed}}};
     offset += *needed;
   }
@@ -233,8 +196,26 @@ Status write_safetensors(const fs::path& path, const std::map<std::string, Tenso
   EVERLONG_ASSIGN(auto file, AtomicFile::create(path));
   EVERLONG_RETURN_IF_ERROR(file.write(std::as_bytes(std::span(&header_bytes, 1))));
   EVERLONG_RETURN_IF_ERROR(file.write(text));
-  for (const auto* item : order) EVERLONG_RETURN_IF_ERROR(file.write(item->second.bytes));
+  for (const auto* tensor : order) {
+    EVERLONG_ASSIGN(const auto bytes, bytes_of(tensor->name));
+    if (bytes.size() != *tensor_bytes(tensor->dtype, tensor->shape))
+      return invalid_argument(path.string(), ": tensor \"", tensor->name, "\": shape ",
+                              shape_text(tensor->shape), " needs ",
+                              *tensor_bytes(tensor->dtype, tensor->shape), " bytes; ", bytes.size(),
+                              " were given");
+    EVERLONG_RETURN_IF_ERROR(file.write(bytes));
+  }
   return file.commit();
+}
+
+Status write_safetensors(const fs::path& path, const std::map<std::string, TensorEntry>& tensors,
+                         const std::map<std::string, std::string>& metadata) {
+  std::vector<TensorPlan> plan;
+  for (const auto& [name, entry] : tensors) plan.push_back({name, entry.dtype, entry.shape});
+  return write_safetensors(path, plan, metadata,
+                           [&](const std::string& name) -> Result<std::span<const std::byte>> {
+                             return tensors.at(name).bytes;
+                           });
 }
 
 }  // namespace everlong

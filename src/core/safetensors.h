@@ -5,6 +5,7 @@
 // gaps or overlaps. docs/formats.md.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <span>
 #include <string>
@@ -29,11 +30,14 @@ struct SafetensorsContent {
   std::map<std::string, std::string> metadata;
 };
 
+// Elements times bytes of one; fails where that leaves 64 bits or an extent is negative.
+Result<std::uint64_t> tensor_bytes(DType dtype, const std::vector<std::int64_t>& shape);
+
 // Checks a whole file in memory: every size, offset, name and overlap. Entries point into `bytes`.
 Result<SafetensorsContent> parse_safetensors(std::span<const std::byte> bytes);
 
-// A mapped file that passed parse_safetensors. Entries point into the map and live as long as the
-// object.
+// A mapped file that passed parse_safetensors: only the header was read. Entries point into the map
+// and live as long as the object.
 class SafetensorsFile {
  public:
   static Result<SafetensorsFile> open(const fs::path& path);
@@ -41,6 +45,8 @@ class SafetensorsFile {
   const std::map<std::string, TensorEntry>& tensors() const { return content_.tensors; }
   const std::map<std::string, std::string>& metadata() const { return content_.metadata; }
   const fs::path& path() const { return file_.path(); }
+  // The pages of `bytes`, read and done with; see MappedFile.
+  void release(std::span<const std::byte> bytes) const { file_.release(bytes); }
 
  private:
   SafetensorsFile(MappedFile file, SafetensorsContent content)
@@ -53,5 +59,18 @@ class SafetensorsFile {
 // text that is not UTF-8.
 Status write_safetensors(const fs::path& path, const std::map<std::string, TensorEntry>& tensors,
                          const std::map<std::string, std::string>& metadata);
+
+// The same for tensors that are not all in memory: the file is laid out from the plan, then
+// `bytes_of` is asked for one tensor after the other; what it returns need last only until it is
+// asked again.
+struct TensorPlan {
+  std::string name;
+  DType dtype = DType::kFloat32;
+  std::vector<std::int64_t> shape;
+};
+using TensorBytes = std::function<Result<std::span<const std::byte>>(const std::string& name)>;
+Status write_safetensors(const fs::path& path, const std::vector<TensorPlan>& tensors,
+                         const std::map<std::string, std::string>& metadata,
+                         const TensorBytes& bytes_of);
 
 }  // namespace everlong

@@ -36,10 +36,12 @@ class Mlp final : public GatedMlp {
 Result<std::shared_ptr<GatedMlp>> make_gated_mlp(const std::string& name, std::int64_t hidden_size,
                                                  std::int64_t intermediate_size,
                                                  std::int64_t num_layers) {
-  if (name != "sglu" && name != "swiglu")
-    return invalid_argument("\"", name, "\" is not a gated MLP; known: sglu, swiglu");
-  const bool silu = name == "swiglu";
-  const Names names = silu ? Names{"gate_proj", "up_proj", "down_proj"} : Names{"l1", "l2", "l3"};
+  if (name != "sglu" && name != "swiglu" && name != "expert")
+    return invalid_argument("\"", name, "\" is not a gated MLP; known: expert, sglu, swiglu");
+  const bool silu = name != "sglu";
+  const Names names = name == "swiglu" ? Names{"gate_proj", "up_proj", "down_proj"}
+                      : name == "sglu" ? Names{"l1", "l2", "l3"}
+                                       : Names{"w1", "w3", "w2"};
   return std::shared_ptr<GatedMlp>(
       std::make_shared<Mlp>(names, silu, hidden_size, intermediate_size, num_layers));
 }

@@ -16,8 +16,10 @@ class GatedMlp : public torch::nn::Module {
 
 // "sglu" (TransNormerLLM): l3(l1(x) * l2(x)); parameters l1.weight, l2.weight, l3.weight.
 // "swiglu" (Llama): down_proj(silu(gate_proj(x)) * up_proj(x)); parameters gate_proj, up_proj,
-// down_proj (.weight). Other names are refused. The projection back is initialised for a residual
-// stream of num_layers blocks.
+// down_proj (.weight).
+// "expert" (Mixtral, MiniMax-01): SwiGLU under the names w1 (gate), w3 (up) and w2 (down)
+// (.weight). Other names are refused. The projection back is initialised for a residual stream of
+// num_layers blocks.
 Result<std::shared_ptr<GatedMlp>> make_gated_mlp(const std::string& name, std::int64_t hidden_size,
                                                  std::int64_t intermediate_size,
                                                  std::int64_t num_layers);

@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <cmath>
 
+#include "layers/weights.h"
+
 namespace everlong {
 
 Linear::Linear(std::int64_t inputs, std::int64_t outputs, double gain) {
   const double deviation = gain / std::sqrt(static_cast<double>(std::max<std::int64_t>(inputs, 1)));
-  weight_ = register_parameter("weight", at::empty({outputs, inputs}).normal_(0, deviation));
+  weight_ = register_parameter("weight", normal_weight({outputs, inputs}, deviation));
 }
 
 at::Tensor Linear::forward(const at::Tensor& x) const { return at::linear(x, weight_); }

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include "layers/weights.h"
 #include "ops/rms_norm.h"
 
 namespace everlong {
@@ -19,7 +20,7 @@ class SimpleRmsNorm final : public Norm {
 class RmsNorm final : public Norm {
  public:
   RmsNorm(std::int64_t size, double eps)
-      : eps_(eps), weight_(register_parameter("weight", at::ones({size}))) {}
+      : eps_(eps), weight_(register_parameter("weight", constant_weight({size}, 1))) {}
   at::Tensor forward(const at::Tensor& x) override { return rms_norm(x, weight_, eps_); }
 
  private:

@@ -4,111 +4,121 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
-#include <algorithm>
 #include <cstdio>
 
 #include "core/settings.h"
+#include "models/weight_reader.h"
 
 namespace everlong {
 namespace {
 
 constexpr const char* kConfig = "config.json";
-constexpr const char* kWeights = "model.safetensors";
 constexpr const char* kGeneration = "generation_config.json";
-constexpr const char* kHead = "lm_head.weight";
-constexpr const char* kEmbedding = "model.embed_tokens.weight";
 
 std::string shape_text(at::IntArrayRef shape) { return nlohmann::json(shape.vec()).dump(); }
 
-TensorMap parameters_of(const Decoder& model) {
-  TensorMap parameters;
-  for (const auto& item : model.named_parameters()) parameters[item.key()] = item.value();
-  return parameters;
-}
+// What the config.json of a published folder leaves open: transformers' own defaults.
+constexpr int kPublishedTopK = 50;
 
-// Published folders of models with one shared matrix hold it once or, as a copy, twice.
-bool is_copy_of_embedding(const std::map<std::string, TensorEntry>& tensors) {
-  const auto head = tensors.find(kHead), embedding = tensors.find(kEmbedding);
-  return head != tensors.end() && embedding != tensors.end() &&
-         head->second.dtype == embedding->second.dtype &&
-         head->second.shape == embedding->second.shape &&
-         std::ranges::equal(head->second.bytes, embedding->second.bytes);
-}
-
-// Names and shapes of the file against those of the model, before anything is copied.
-Status check_tensors(const std::map<std::string, TensorEntry>& tensors, const TensorMap& parameters,
-                     const ModelConfig& config) {
-  for (const auto& [name, parameter] : parameters) {
-    const auto found = tensors.find(name);
-    if (found == tensors.end())
-      return corrupt("tensor \"", name, "\" is missing; config.json asks for it");
-    const TensorEntry& entry = found->second;
-    if (at::IntArrayRef(entry.shape) != parameter.sizes())
-      return corrupt("tensor \"", name, "\" has shape ", shape_text(entry.shape),
-                     "; config.json asks for ", shape_text(parameter.sizes()));
-    if (!at::isFloatingType(to_scalar_type(entry.dtype)))
-      return corrupt("tensor \"", name, "\" is ", info(entry.dtype).name,
-                     "; weights are floating-point numbers");
-  }
-  for (const auto& [name, entry] : tensors) {
-    if (parameters.contains(name)) continue;
-    if (config.tie_word_embeddings && name == kHead) {
-      if (is_copy_of_embedding(tensors)) continue;
-      return corrupt("tensor \"", name, "\" differs from ", kEmbedding,
-                     ", but config.json says that they are one: set tie_word_embeddings to false");
-    }
-    return corrupt("tensor \"", name, "\" is no parameter of the model that config.json describes");
-  }
-  return {};
+// The object in a JSON file.
+Result<nlohmann::json> read_object(const fs::path& path) {
+  EVERLONG_ASSIGN(const std::string text, read_file(path));
+  auto object = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!object.is_object()) return corrupt(path.string(), ": is not a valid JSON object");
+  return object;
 }
 
 }  // namespace
+
+Result<FolderConfig> read_config(const fs::path& folder) {
+  const fs::path path = folder / kConfig;
+  EVERLONG_ASSIGN(const auto object, read_object(path));
+  const bool published = is_published(object);
+  EVERLONG_ASSIGN(auto config, published ? config_from_published(object, path.string())
+                                         : ModelConfig::from_json(object, path.string()));
+  return FolderConfig{std::move(config), published, object};
+}
 
 Result<std::shared_ptr<Decoder>> load_model(const fs::path& folder, at::Device device,
                                             at::ScalarType dtype) {
   if (!at::isFloatingType(dtype))
     return invalid_argument("weights cannot be ", at::toString(dtype));
-  EVERLONG_ASSIGN(const ModelConfig config, ModelConfig::read(folder / kConfig));
-  auto made = Decoder::make(config);
+  EVERLONG_ASSIGN(const FolderConfig about, read_config(folder));
+  if (!has_safetensors(folder) && has_pickles(folder))
+    return unsupported(folder.string(),
+                       ": holds its weights as pickles, which are not loaded; run ",
+                       "`everlong convert ", folder.string(), " NEW_FOLDER` once");
+  EVERLONG_ASSIGN(auto source, open_safetensors(folder));
+  auto made = Decoder::make(about.config, WeightInit::kUnfilled);
   if (!made.ok()) return made.status().at((folder / kConfig).string());
   const std::shared_ptr<Decoder> model = *std::move(made);
-
-  EVERLONG_ASSIGN(const auto file, SafetensorsFile::open(folder / kWeights));
-  const TensorMap parameters = parameters_of(*model);
-  EVERLONG_RETURN_IF_ERROR(
-      check_tensors(file.tensors(), parameters, config).at(file.path().string()));
-  model->to(
-      device);  // buffers and whatever else a layer moves; their dtypes are the layer's business
+  EVERLONG_ASSIGN(const auto reader,
+                  WeightReader::open(std::move(source), *model, about.published));
   const at::NoGradGuard off;
-  for (auto [name, parameter] : parameters)
-    parameter.set_data(to_tensor(file.tensors().at(name)).to(device, dtype));
+  for (auto [name, parameter] : parameters_of(*model))
+    parameter.set_data(reader.read(name, device, dtype));
+  // Buffers and whatever else a layer moves; their dtypes are the layer's business.
+  model->to(device);
   return model;
 }
 
+nlohmann::json generation_config(const SamplingParams& params) {
+  return {{"temperature", params.temperature},
+          {"top_k", params.top_k},
+          {"top_p", params.top_p},
+          {"min_p", params.min_p},
+          {"repetition_penalty", params.repetition_penalty},
+          {"penalty_window", params.penalty_window}};
+}
+
 Status save_model(const fs::path& folder, const Decoder& model,
-                  const std::map<std::string, std::string>& metadata) {
+                  const std::map<std::string, std::string>& metadata,
+                  std::int64_t max_shard_bytes) {
   EVERLONG_RETURN_IF_ERROR(make_directories(folder));
-  EVERLONG_RETURN_IF_ERROR(save_tensors(folder / kWeights, parameters_of(model), metadata));
-  EVERLONG_RETURN_IF_ERROR(write_file(folder / kConfig, model.config().to_json().dump(2) + "\n"));
+  const std::string config = model.config().to_json().dump(2) + "\n";
+  const auto parameters = parameters_of(model);
+  std::vector<TensorPlan> plan;
+  for (const auto& item : model.named_parameters()) {
+    EVERLONG_ASSIGN(const DType dtype, to_dtype(item.value().scalar_type()));
+    plan.push_back({item.key(), dtype, item.value().sizes().vec()});
+  }
+  at::Tensor plain;  // the one tensor that is in memory besides the model
+  EVERLONG_RETURN_IF_ERROR(write_safetensors_folder(
+      folder, plan, metadata, max_shard_bytes,
+      [&](const std::string& name) -> Result<std::span<const std::byte>> {
+        plain = parameters.at(name).detach().cpu().contiguous();
+        return std::span(static_cast<const std::byte*>(plain.const_data_ptr()), plain.nbytes());
+      },
+      [&]() -> Status {
+        // Weights of one model must never lie beside the config of another: where the two change
+        // together, the folder is no model for a moment.
+        std::error_code ignored;
+        const auto old = read_file(folder / kConfig);
+        if (!old.ok() || *old != config) fs::remove(folder / kConfig, ignored);
+        return {};
+      }));
+  EVERLONG_RETURN_IF_ERROR(write_file(folder / kConfig, config));
   if (fs::exists(folder / kGeneration)) return {};
-  const SamplingParams defaults;
-  const nlohmann::json generation = {{"temperature", defaults.temperature},
-                                     {"top_k", defaults.top_k},
-                                     {"top_p", defaults.top_p},
-                                     {"min_p", defaults.min_p},
-                                     {"repetition_penalty", defaults.repetition_penalty},
-                                     {"penalty_window", defaults.penalty_window}};
-  return write_file(folder / kGeneration, generation.dump(2) + "\n");
+  return write_file(folder / kGeneration, generation_config({}).dump(2) + "\n");
 }
 
 Result<SamplingParams> read_generation_config(const fs::path& folder) {
   const fs::path path = folder / kGeneration;
-  if (!fs::exists(path)) return SamplingParams{};
-  EVERLONG_ASSIGN(const std::string text, read_file(path));
-  const auto object = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!object.is_object()) return corrupt(path.string(), ": is not a valid JSON object");
-  Settings s(object, path.string());
+  std::error_code ignored;
+  const auto config = read_object(folder / kConfig);
+  const bool published = config.ok() && is_published(*config);
   SamplingParams params;
+  if (!fs::exists(path, ignored)) return params;
+  EVERLONG_ASSIGN(const auto object, read_object(path));
+  // Other programs' files have many more keys, and other defaults.
+  nlohmann::json known = object;
+  if (published) {
+    const nlohmann::json ours = generation_config(params);
+    known = {{"do_sample", false}, {"top_k", kPublishedTopK}};
+    for (const auto& [key, value] : object.items())
+      if ((ours.contains(key) || key == "do_sample") && !value.is_null()) known[key] = value;
+  }
+  Settings s(known, path.string());
   params.temperature = s.number("temperature", params.temperature, 0, 1e6);
   params.top_k = s.integer("top_k", params.top_k, 0, INT32_MAX);
   params.top_p = s.number("top_p", params.top_p, 0, 1);

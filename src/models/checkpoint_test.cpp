@@ -59,6 +59,28 @@ TEST(Checkpoint, SavedModelsLoadBitForBit) {
   }
 }
 
+TEST(Checkpoint, LargeModelsAreSavedInShardsThatLoadBitForBit) {
+  const auto config = some_config();
+  const TemporaryFolder folder("checkpoint_shards");
+  ASSERT_TRUE(save_model(folder.path(), *small_model(config, at::kFloat, /*seed=*/2), {}).ok());
+  const auto model = small_model(config, at::kFloat);
+  ASSERT_TRUE(save_model(folder.path(), *model, {{"steps", "12"}}, /*max_shard_bytes=*/3000).ok());
+  EXPECT_FALSE(fs::exists(folder / "model.safetensors"));
+  const auto opened = SafetensorsFolder::open(folder.path());
+  ASSERT_TRUE(opened.ok()) << opened.status().message();
+  EXPECT_GT(opened->files().size(), 2U);
+  EXPECT_EQ(opened->metadata().at("steps"), "12");
+  const auto loaded = load_model(folder.path(), at::kCPU, at::kFloat);
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  EXPECT_EQ(fingerprint(**loaded), fingerprint(*model));
+  fs::remove(opened->files()[1].path());
+  EXPECT_NE(load_model(folder.path(), at::kCPU, at::kFloat).status().message().find("is missing"),
+            std::string::npos);
+  ASSERT_TRUE(save_model(folder.path(), *model, {}).ok());
+  EXPECT_FALSE(fs::exists(folder / "model.safetensors.index.json"));
+  EXPECT_EQ(fingerprint(**load_model(folder.path(), at::kCPU, at::kFloat)), fingerprint(*model));
+}
+
 TEST(Checkpoint, LoadedWeightsAreTheOnesThatCompute) {
   const TemporaryFolder folder("checkpoint_used");
   const auto config = small_configs().back();

@@ -11,6 +11,9 @@ namespace {
 constexpr std::string_view kModelType = "everlong";
 constexpr std::int64_t kMaxWidth = std::int64_t{1} << 20;
 constexpr std::int64_t kMaxLayers = 4096;
+constexpr std::int64_t kMaxExperts = 65536;
+constexpr double kMaxResidual = 1e6;
+constexpr std::string_view kMlp = "mlp";
 
 // "layer_types": a list of mechanism names, each of them known.
 Result<std::vector<std::string>> read_layer_types(const nlohmann::json& list) {
@@ -30,6 +33,25 @@ Result<std::vector<std::string>> read_layer_types(const nlohmann::json& list) {
     names.push_back(item.get<std::string>());
   }
   return names;
+}
+
+// "residuals": {"lightning": {"alpha": 1.7, "beta": 0.9}, "mlp": {...}}.
+Result<std::map<std::string, ModelConfig::Residual>> read_residuals(
+    const nlohmann::json& object, const std::vector<std::string>& layer_types) {
+  std::map<std::string, ModelConfig::Residual> residuals;
+  if (object.is_null()) return residuals;
+  if (!object.is_object())
+    return invalid_argument("residuals = ", object.dump(), "; an object is needed");
+  for (const auto& [part, factors] : object.items()) {
+    if (part != kMlp && std::ranges::find(layer_types, part) == layer_types.end())
+      return invalid_argument("residuals names \"", part, "\", which is neither \"", kMlp,
+                              "\" nor a mechanism of layer_types");
+    Settings s(factors, cat("residuals: ", part));
+    residuals[part] = {s.number("alpha", 1, -kMaxResidual, kMaxResidual),
+                       s.number("beta", 1, -kMaxResidual, kMaxResidual)};
+    EVERLONG_RETURN_IF_ERROR(s.finish());
+  }
+  return residuals;
 }
 
 // "model_type" and "architectures" say which program a folder is for.
@@ -54,6 +76,10 @@ Result<ModelConfig> ModelConfig::from_json(const nlohmann::json& object, const s
   config.hidden_size = s.integer("hidden_size", config.hidden_size, 1, kMaxWidth);
   config.intermediate_size = s.integer("intermediate_size", config.intermediate_size, 1, kMaxWidth);
   config.norm_eps = s.number("norm_eps", config.norm_eps, 0, 1);
+  config.num_experts = s.integer("num_experts", config.num_experts, 0, kMaxExperts);
+  config.experts_per_token =
+      s.integer("experts_per_token", config.experts_per_token, 1, kMaxExperts);
+  config.residual_after_norm = s.boolean("residual_after_norm", config.residual_after_norm);
   config.tie_word_embeddings = s.boolean("tie_word_embeddings", config.tie_word_embeddings);
   config.scale_embedding = s.boolean("scale_embedding", config.scale_embedding);
   config.initializer_range = s.number("initializer_range", config.initializer_range, 0, 10);
@@ -63,6 +89,11 @@ Result<ModelConfig> ModelConfig::from_json(const nlohmann::json& object, const s
     config.layer_types = *std::move(names);
   } else {
     s.fail(names.status());
+  }
+  if (auto residuals = read_residuals(s.raw("residuals"), config.layer_types); residuals.ok()) {
+    config.residuals = *std::move(residuals);
+  } else {
+    s.fail(residuals.status());
   }
   const std::int64_t layers = s.integer("num_hidden_layers", config.num_layers(), 0, kMaxLayers);
   if (layers != config.num_layers())
@@ -108,6 +139,14 @@ nlohmann::json ModelConfig::to_json() const {
                            {"scale_embedding", scale_embedding},
                            {"initializer_range", initializer_range},
                            {"tokenizer", tokenizer}};
+  // What most models lack is left out of their files (which older programs read, too).
+  if (num_experts > 0) {
+    object["num_experts"] = num_experts;
+    object["experts_per_token"] = experts_per_token;
+  }
+  if (residual_after_norm) object["residual_after_norm"] = true;
+  for (const auto& [part, factors] : residuals)
+    object["residuals"][part] = {{"alpha", factors.alpha}, {"beta", factors.beta}};
   for (const auto& [name, settings] : mechanisms) object[name] = settings;
   return object;
 }

@@ -20,11 +20,27 @@ struct ModelConfig {
   std::map<std::string, nlohmann::json>
       mechanisms;  // settings by mechanism name; absent: that room's defaults
   double norm_eps = 1e-6;
+  // The channel mixer of every layer: one MLP, or (block llama) this many of which a token uses
+  // few.
+  std::int64_t num_experts = 0;  // 0: one MLP
+  std::int64_t experts_per_token = 2;
+  // x = alpha r + beta f(norm(x)) for f a mixer (by mechanism name) or the channel mixer ("mlp");
+  // absent: 1 and 1. r is x, or norm(x) itself where residual_after_norm (MiniMax-01).
+  struct Residual {
+    double alpha = 1, beta = 1;
+    bool operator==(const Residual&) const = default;
+  };
+  std::map<std::string, Residual> residuals;
+  bool residual_after_norm = false;
   bool tie_word_embeddings = false;
   bool scale_embedding = false;  // times sqrt(hidden_size), as TransNormerLLM
   double initializer_range = 0.02;
   std::string tokenizer = "bytes";
 
+  Residual residual(const std::string& part) const {
+    const auto found = residuals.find(part);
+    return found == residuals.end() ? Residual{} : found->second;
+  }
   std::int64_t num_layers() const { return static_cast<std::int64_t>(layer_types.size()); }
 
   // Unknown keys, unknown mechanisms and impossible sizes are refused with the key in the message.

@@ -32,6 +32,10 @@ TEST(ModelConfig, JsonRoundTripKeepsEveryField) {
   config.intermediate_size = 172;
   config.layer_types = {"softmax", "lightning"};
   config.mechanisms = {{"softmax", {{"num_heads", 4}}}};
+  config.num_experts = 6;
+  config.experts_per_token = 3;
+  config.residuals = {{"softmax", {1.5, 0.5}}, {"mlp", {2, 1}}};
+  config.residual_after_norm = true;
   config.norm_eps = 1e-5;
   config.tie_word_embeddings = true;
   config.scale_embedding = true;
@@ -46,6 +50,12 @@ TEST(ModelConfig, JsonRoundTripKeepsEveryField) {
   EXPECT_EQ(read->vocab_size, 1000);
   EXPECT_EQ(read->hidden_size, 64);
   EXPECT_EQ(read->intermediate_size, 172);
+  EXPECT_EQ(read->num_experts, 6);
+  EXPECT_EQ(read->experts_per_token, 3);
+  EXPECT_EQ(read->residuals, config.residuals);
+  EXPECT_EQ(read->residual("softmax").beta, 0.5);
+  EXPECT_EQ(read->residual("lightning").alpha, 1);
+  EXPECT_TRUE(read->residual_after_norm);
   EXPECT_EQ(read->norm_eps, 1e-5);
   EXPECT_TRUE(read->tie_word_embeddings);
   EXPECT_TRUE(read->scale_embedding);
@@ -93,7 +103,18 @@ TEST(ModelConfig, SettingsOfAMechanismThatNoLayerUsesAreRefused) {
   expect_refused(with("softmax", 7), "an object of settings is needed");
 }
 
+TEST(ModelConfig, ResidualsBelongToPartsOfTheModel) {
+  expect_refused(with("residuals", {{"megalodon", {{"alpha", 2}}}}),
+                 "residuals names \"megalodon\"");
+  expect_refused(with("residuals", {{"mlp", {{"gamma", 2}}}}), "gamma");
+  expect_refused(with("residuals", {{"mlp", {{"alpha", "two"}}}}), "alpha");
+  expect_refused(with("residuals", 2), "residuals = 2");
+  EXPECT_TRUE(ModelConfig::from_json(with("residuals", {{"softmax", {{"beta", 2}}}}), "").ok());
+}
+
 TEST(ModelConfig, ImpossibleSizesAreRefused) {
+  expect_refused(with("num_experts", -1), "num_experts = -1");
+  expect_refused(with("experts_per_token", 0), "experts_per_token = 0");
   expect_refused(with("vocab_size", 0), "vocab_size = 0");
   expect_refused(with("hidden_size", -4), "hidden_size = -4");
   expect_refused(with("intermediate_size", 1.5), "intermediate_size = 1.5");

@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "layers/gated_mlp.h"
+#include "layers/experts.h"
+#include "layers/weights.h"
 #include "mechanisms/mechanism.h"
 #include "models/recompute.h"
 
@@ -14,42 +15,75 @@ namespace {
 
 // The names that the published checkpoints give to the parts of a block, and its norm and MLP.
 struct Parts {
-  const char *mixer, *mlp;
+  const char *mixer, *mlp, *experts;
   const char *mixer_norm, *mlp_norm;  // of the modules that hold the norms' weights
   const char *norm, *gated_mlp;
 };
-constexpr Parts kTransNormer = {"token_mixer",  "channel_mixer", "token_norm",
+constexpr Parts kTransNormer = {"token_mixer",  "channel_mixer", nullptr, "token_norm",
                                 "channel_norm", "srms",          "sglu"};
-constexpr Parts kLlama = {"self_attn", "mlp",   "input_layernorm", "post_attention_layernorm",
-                          "rms",       "swiglu"};
+// With experts: as Mixtral and MiniMax-01.
+constexpr Parts kLlama = {
+    "self_attn", "mlp",   "block_sparse_moe", "input_layernorm", "post_attention_layernorm",
+    "rms",       "swiglu"};
 
 const Parts& parts_of(const ModelConfig& config) {
   return config.block == "llama" ? kLlama : kTransNormer;
 }
 
 // x += mixer(norm(x));  x += mlp(norm(x)).  TransNormerLLM (2307.14995) and Llama differ in the
-// norm and the MLP.
-class PreNormBlock final : public Block {
+// norm and the MLP. MiniMax-01 (2501.08313, published code) weighs both summands and continues from
+// the normalised input: h = norm(x), x = alpha h + beta f(h).
+class NormBlock final : public Block {
  public:
-  PreNormBlock(const Parts& parts, std::shared_ptr<Mixer> mixer, std::shared_ptr<GatedMlp> mlp,
-               std::shared_ptr<Norm> mixer_norm, std::shared_ptr<Norm> mlp_norm)
+  using Residual = ModelConfig::Residual;
+  NormBlock(const Parts& parts, bool experts, std::shared_ptr<Mixer> mixer,
+            std::shared_ptr<GatedMlp> mlp, std::shared_ptr<Norm> mixer_norm,
+            std::shared_ptr<Norm> mlp_norm)
       : mixer_norm_(register_module(parts.mixer_norm, std::move(mixer_norm))),
         mixer_(register_module(parts.mixer, std::move(mixer))),
         mlp_norm_(register_module(parts.mlp_norm, std::move(mlp_norm))),
-        mlp_(register_module(parts.mlp, std::move(mlp))) {}
+        mlp_(register_module(experts ? parts.experts : parts.mlp, std::move(mlp))) {}
+
+  void set_residuals(Residual mixer, Residual mlp, bool after_norm) {
+    of_mixer_ = mixer;
+    of_mlp_ = mlp;
+    after_norm_ = after_norm;
+  }
 
   at::Tensor forward(const at::Tensor& x_BTD, const Sequences& sequences, State* state) override {
-    const at::Tensor mixed = x_BTD + mixer_->forward(mixer_norm_->forward(x_BTD), sequences, state);
-    return mixed + mlp_->forward(mlp_norm_->forward(mixed));
+    at::Tensor h = mixer_norm_->forward(x_BTD);
+    const at::Tensor mixed = add(x_BTD, h, mixer_->forward(h, sequences, state), of_mixer_);
+    h = mlp_norm_->forward(mixed);
+    return add(mixed, h, mlp_->forward(h), of_mlp_);
   }
   Mixer& mixer() override { return *mixer_; }
 
  private:
+  at::Tensor add(const at::Tensor& x, const at::Tensor& normed, const at::Tensor& y,
+                 Residual factors) const {
+    at::Tensor kept = after_norm_ ? normed : x;
+    if (factors.alpha != 1) kept = kept * factors.alpha;
+    return at::add(kept, y, factors.beta);
+  }
+
+  Residual of_mixer_, of_mlp_;
+  bool after_norm_ = false;
   std::shared_ptr<Norm> mixer_norm_;
   std::shared_ptr<Mixer> mixer_;
   std::shared_ptr<Norm> mlp_norm_;
   std::shared_ptr<GatedMlp> mlp_;
 };
+
+Result<std::shared_ptr<GatedMlp>> make_mlp(const ModelConfig& config, const Parts& parts) {
+  if (config.num_experts == 0)
+    return make_gated_mlp(parts.gated_mlp, config.hidden_size, config.intermediate_size,
+                          config.num_layers());
+  if (parts.experts == nullptr)
+    return unsupported("num_experts = ", config.num_experts, " with block \"", config.block,
+                       "\"; experts go with block \"llama\"");
+  return make_experts(config.hidden_size, config.intermediate_size, config.num_experts,
+                      config.experts_per_token, config.num_layers());
+}
 
 Result<std::shared_ptr<Block>> make_block(const ModelConfig& config, std::int64_t index) {
   const std::string& name = config.layer_types[static_cast<std::size_t>(index)];
@@ -65,10 +99,12 @@ Result<std::shared_ptr<Block>> make_block(const ModelConfig& config, std::int64_
   const Parts& parts = parts_of(config);
   EVERLONG_ASSIGN(auto mixer_norm, make_norm(parts.norm, config.hidden_size, config.norm_eps));
   EVERLONG_ASSIGN(auto mlp_norm, make_norm(parts.norm, config.hidden_size, config.norm_eps));
-  EVERLONG_ASSIGN(auto mlp, make_gated_mlp(parts.gated_mlp, config.hidden_size,
-                                           config.intermediate_size, config.num_layers()));
-  return std::shared_ptr<Block>(std::make_shared<PreNormBlock>(
-      parts, std::move(mixer), std::move(mlp), std::move(mixer_norm), std::move(mlp_norm)));
+  EVERLONG_ASSIGN(auto mlp, make_mlp(config, parts));
+  auto block =
+      std::make_shared<NormBlock>(parts, config.num_experts > 0, std::move(mixer), std::move(mlp),
+                                  std::move(mixer_norm), std::move(mlp_norm));
+  block->set_residuals(config.residual(name), config.residual("mlp"), config.residual_after_norm);
+  return std::shared_ptr<Block>(std::move(block));
 }
 
 // A module that only gives its children a name: "model", "layers", "embed_tokens".
@@ -103,7 +139,8 @@ void check_sequences(const at::Tensor& tokens_BT, const Sequences& sequences,
 
 }  // namespace
 
-Result<std::shared_ptr<Decoder>> Decoder::make(const ModelConfig& config) {
+Result<std::shared_ptr<Decoder>> Decoder::make(const ModelConfig& config, WeightInit init) {
+  const WeightInitScope scope(init);
   if (config.layer_types.empty())
     return invalid_argument("layer_types is empty; a model has at least one layer");
   std::shared_ptr<Decoder> model(new Decoder(config));
@@ -115,8 +152,7 @@ Result<std::shared_ptr<Decoder>> Decoder::make(const ModelConfig& config) {
 // model.norm.weight, lm_head.weight.
 Status Decoder::build() {
   const auto drawn = [&] {
-    return at::empty({config_.vocab_size, config_.hidden_size})
-        .normal_(0, config_.initializer_range);
+    return normal_weight({config_.vocab_size, config_.hidden_size}, config_.initializer_range);
   };
   auto model = register_module("model", std::make_shared<Group>());
   embedding_ = model->add("embed_tokens", std::make_shared<Group>())->add_weight(drawn());

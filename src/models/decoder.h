@@ -9,6 +9,7 @@
 
 #include "layers/mixer.h"
 #include "layers/norm.h"
+#include "layers/weights.h"
 #include "models/config.h"
 
 namespace everlong {
@@ -38,7 +39,8 @@ class ModelState {
   std::vector<std::unique_ptr<State>> layers_;
 };
 
-// One layer of the model: a mixer and a gated MLP, each behind a norm and added to what came in.
+// One layer of the model: a mixer and a gated MLP (or experts), each behind a norm and added to
+// what came in.
 class Block : public torch::nn::Module {
  public:
   virtual at::Tensor forward(const at::Tensor& x_BTD, const Sequences& sequences, State* state) = 0;
@@ -48,8 +50,9 @@ class Block : public torch::nn::Module {
 class Decoder : public torch::nn::Module {
  public:
   // Fails with a message when a layer refuses its settings. Weights are initialised from torch's
-  // global generator.
-  static Result<std::shared_ptr<Decoder>> make(const ModelConfig& config);
+  // global generator, or (kUnfilled, kMeta) cost no memory: a model of any size can be counted.
+  static Result<std::shared_ptr<Decoder>> make(const ModelConfig& config,
+                                               WeightInit init = WeightInit::kDrawn);
 
   const ModelConfig& config() const { return config_; }
   std::int64_t parameter_count() const;

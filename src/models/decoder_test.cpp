@@ -174,6 +174,41 @@ TEST(Decoder, PackedSequencesEqualSeparateOnes) {
   }
 }
 
+// Three sequences that each get another number of tokens in every call, none included.
+TEST(Decoder, RaggedFeedsContinueEachSequence) {
+  const std::vector<std::vector<std::int64_t>> feeds = {{4, 0, 5}, {7, 6, 1}, {0, 1, 1}, {1, 2, 9}};
+  for (const auto& config : small_configs()) {
+    const auto lacks = [](const std::string& name) {
+      return !(*find_mechanism(name))->has("varlen");
+    };
+    if (std::ranges::any_of(config.layer_types, lacks)) continue;
+    const auto model = small_model(config);
+    at::NoGradGuard off;
+    const at::Tensor tokens = random_tokens(3, 16, config);
+    ModelState state = model->make_state(3);
+    std::vector<std::vector<at::Tensor>> parts(3);
+    std::vector<std::int64_t> fed(3, 0);
+    for (const auto& lengths : feeds) {
+      Sequences packed{{0}};
+      std::vector<at::Tensor> line;
+      for (std::size_t n = 0; n < 3; ++n) {
+        line.push_back(tokens[static_cast<std::int64_t>(n)].narrow(0, fed[n], lengths[n]));
+        packed.offsets.push_back(packed.offsets.back() + lengths[n]);
+        fed[n] += lengths[n];
+      }
+      const at::Tensor out = model->hidden(at::cat(line).unsqueeze(0), packed, &state);
+      for (std::size_t n = 0; n < 3; ++n)
+        parts[n].push_back(out.narrow(1, packed.offsets[n], lengths[n]));
+    }
+    for (std::size_t n = 0; n < 3; ++n) {
+      const at::Tensor alone = model->hidden(
+          tokens.narrow(0, static_cast<std::int64_t>(n), 1).narrow(1, 0, fed[n]), {}, nullptr);
+      EXPECT_LT(relative_error(at::cat(parts[n], 1), alone), kSplit)
+          << describe(config) << ", " << n;
+    }
+  }
+}
+
 TEST(Decoder, TiedHeadIsTheEmbedding) {
   auto config = small_config("llama", {mechanisms().front()->name});
   config.tie_word_embeddings = true;
@@ -219,6 +254,45 @@ TEST(Decoder, BadCallsAreRefusedWithAMessage) {
   EXPECT_ANY_THROW(model->hidden(tokens.narrow(0, 0, 1), {{0, 5}}, nullptr));
   EXPECT_ANY_THROW(model->hidden(tokens.narrow(0, 0, 1), {{0, 4, 3, 6}}, nullptr));
   EXPECT_ANY_THROW(model->hidden(tokens.narrow(0, 0, 1), {{1, 6}}, nullptr));
+}
+
+TEST(Decoder, ExpertsThatDoNotFitAreRefused) {
+  auto config = small_config("transnormer", {mechanisms().front()->name});
+  config.num_experts = 4;
+  EXPECT_NE(Decoder::make(config).status().message().find("block \"llama\""), std::string::npos);
+  config.block = "llama";
+  EXPECT_TRUE(Decoder::make(config).ok());
+  config.experts_per_token = 5;
+  EXPECT_NE(Decoder::make(config).status().message().find("5 of 4 experts"), std::string::npos);
+}
+
+// x = alpha r + beta f(h), h = norm(x), r = x or h.
+TEST(Decoder, ResidualsAreWeighedAndMayStartFromTheNorm) {
+  for (const bool after_norm : {false, true}) {
+    auto config = small_config("llama", {mechanisms().front()->name});
+    config.residual_after_norm = after_norm;
+    config.residuals = {{mechanisms().front()->name, {1.7, 0.9}}, {"mlp", {1.6, -1.2}}};
+    const auto model = small_model(config);
+    auto parameters = model->named_parameters();
+    at::NoGradGuard off;
+    for (const auto& item : parameters)
+      if (item.key().find("norm") != std::string::npos) item.value().uniform_(0.5, 1.5);
+    const auto norm = [&](const at::Tensor& x, const std::string& name) {
+      return x * (x.square().mean(-1, true) + config.norm_eps).rsqrt() *
+             parameters["model." + name + ".weight"];
+    };
+    const auto project = [&](const at::Tensor& x, const std::string& name) {
+      return at::linear(x, parameters["model.layers.0.mlp." + name + ".weight"]);
+    };
+    const at::Tensor tokens = random_tokens(2, 9, config);
+    at::Tensor x = parameters["model.embed_tokens.weight"].index({tokens});
+    at::Tensor h = norm(x, "layers.0.input_layernorm");
+    x = 1.7 * (after_norm ? h : x) + 0.9 * model->mixer(0).forward(h, {}, nullptr);
+    h = norm(x, "layers.0.post_attention_layernorm");
+    x = 1.6 * (after_norm ? h : x) -
+        1.2 * project(at::silu(project(h, "gate_proj")) * project(h, "up_proj"), "down_proj");
+    EXPECT_LT(relative_error(model->hidden(tokens, {}, nullptr), norm(x, "norm")), kSplit);
+  }
 }
 
 TEST(Decoder, SettingsThatALayerRefusesAreNamed) {

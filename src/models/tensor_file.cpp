@@ -1,7 +1,6 @@
 // Torch tensors in and out of safetensors files.
 #include <ATen/ATen.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "models/checkpoint.h"
@@ -29,6 +28,12 @@ at::ScalarType to_scalar_type(DType dtype) {
   return at::kFloat;  // not reached: every DType has its pair
 }
 
+Result<DType> to_dtype(at::ScalarType type) {
+  for (const Pair& pair : kPairs)
+    if (pair.scalar_type == type) return pair.dtype;
+  return unsupported("a tensor of ", at::toString(type), " is nothing a safetensors file can hold");
+}
+
 at::Tensor to_tensor(const TensorEntry& entry) {
   at::Tensor tensor = at::empty(entry.shape, to_scalar_type(entry.dtype));
   if (!entry.bytes.empty())
@@ -42,12 +47,10 @@ Status save_tensors(const fs::path& path, const TensorMap& tensors,
   TensorMap kept;  // the contiguous copies that the entries point into
   for (const auto& [name, tensor] : tensors) {
     const at::Tensor plain = tensor.detach().cpu().contiguous();
-    const auto* pair = std::ranges::find(kPairs, plain.scalar_type(), &Pair::scalar_type);
-    if (pair == std::end(kPairs))
-      return unsupported(path.string(), ": tensor \"", name, "\" is ", plain.dtype().name(),
-                         ", which a safetensors file cannot hold");
+    const auto dtype = to_dtype(plain.scalar_type());
+    if (!dtype.ok()) return dtype.status().at(cat(path.string(), ": tensor \"", name, "\""));
     kept[name] = plain;
-    entries[name] = {pair->dtype,
+    entries[name] = {*dtype,
                      plain.sizes().vec(),
                      {static_cast<const std::byte*>(plain.const_data_ptr()), plain.nbytes()}};
   }

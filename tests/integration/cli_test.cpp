@@ -372,6 +372,19 @@ TEST_F(Cli, BenchModelMeasuresTrainingAndStreaming) {
     EXPECT_GT(ran.object().value(key, 0.0), 0) << key;
 }
 
+TEST_F(Cli, PresetsOfAnySizeAreDescribedWithoutWeights) {
+  const Ran ran = everlong({"info", "--preset", "minimax-text-01", "--device", "cpu", "--json"});
+  ASSERT_EQ(ran.code, 0) << ran.err;
+  EXPECT_EQ(ran.object().value("parameters", std::int64_t{0}), 456'089'655'296);
+  EXPECT_EQ(ran.object().at("layers").size(), 80U);
+  EXPECT_GT(ran.object().value("state_bytes", std::int64_t{0}),
+            std::int64_t{70} * 64 * 128 * 128 * 4);
+  const Ran unknown = everlong({"info", "--preset", "minimax-text-02"});
+  EXPECT_EQ(unknown.code, 1);
+  EXPECT_NE(unknown.err.find("minimax-text-01"), std::string::npos) << unknown.err;
+  EXPECT_EQ(everlong({"info", "--preset", "llama-7b", "--model", path("run")}).code, 1);
+}
+
 TEST_F(Cli, ReportIsOnePageThatNeedsNothingElse) {
   ASSERT_EQ(everlong({"report", path("run"), "--out", path("page.html")}).code, 0);
   const auto page = read_file(folder / "page.html");

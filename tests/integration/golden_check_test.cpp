@@ -31,6 +31,8 @@ class GoldenCheck : public testing::Test {
   }
   void TearDown() override { fs::remove_all(folder_); }
 
+  static fs::path golden() { return fs::path(EVERLONG_TEST_DATA) / "golden"; }
+
   static Ran check(const std::vector<std::string>& arguments) {
     std::vector<std::string> command = {
         (fs::path(EVERLONG_BINARY).parent_path() / "golden_check").string()};
@@ -45,10 +47,12 @@ class GoldenCheck : public testing::Test {
   }
   Ran check() const { return check({folder_.string()}); }
 
-  // A copy of the sound case with other metadata, or one number of a tensor changed by `change`.
+  // A copy of a case (the sound one) with other metadata, or one number of a tensor changed by
+  // `change`.
   void write_case(const std::string& name, const std::map<std::string, std::string>& metadata,
-                  const std::string& tensor = "", double change = 0) const {
-    const auto file = SafetensorsFile::open(sound_);
+                  const std::string& tensor = "", double change = 0,
+                  const std::string& source = "") const {
+    const auto file = SafetensorsFile::open(source.empty() ? sound_ : golden() / source);
     ASSERT_TRUE(file.ok());
     auto all = file->metadata();
     for (const auto& [key, value] : metadata) all[key] = value;
@@ -57,10 +61,15 @@ class GoldenCheck : public testing::Test {
     if (!tensor.empty()) {
       ASSERT_TRUE(tensors.contains(tensor));
       bytes.assign(tensors[tensor].bytes.begin(), tensors[tensor].bytes.end());
-      double first = 0;
-      std::memcpy(&first, bytes.data(), sizeof first);
-      first += change;
-      std::memcpy(bytes.data(), &first, sizeof first);
+      const auto add = [&](auto first) {
+        std::memcpy(&first, bytes.data(), sizeof first);
+        first += static_cast<decltype(first)>(change);
+        std::memcpy(bytes.data(), &first, sizeof first);
+      };
+      const DType dtype = tensors[tensor].dtype;
+      if (dtype == DType::kFloat64) add(0.0);
+      if (dtype == DType::kFloat32) add(0.0F);
+      if (dtype == DType::kInt64) add(std::int64_t{0});
       tensors[tensor].bytes = bytes;
     }
     ASSERT_TRUE(write_safetensors(folder_ / "deeper" / name, tensors, all).ok());
@@ -123,6 +132,46 @@ TEST_F(GoldenCheck, WhatNobodyOffersIsNotApplicable) {
   const Ran ran = check();
   EXPECT_EQ(ran.code, 0) << ran.out;
   EXPECT_EQ(ran.last_line, "0 passed, 0 failed, 3 not applicable");
+}
+
+TEST_F(GoldenCheck, LayersAreRunAndTheirWrongNumbersFail) {
+  const std::string source = "lightning/minimax_lightning_layer__h4_t42.safetensors";
+  write_case("a.safetensors", {}, "", 0, source);
+  EXPECT_EQ(check().last_line, "1 passed, 0 failed, 0 not applicable");
+  for (const char* const tensor : {"out.y", "state_out.S", "grad.x", "grad.w.norm.weight", "in.x",
+                                   "w.qkv_proj.weight", "grad_out.S"}) {
+    write_case("a.safetensors", {}, tensor, 1e-4, source);
+    EXPECT_EQ(check().last_line, "0 passed, 1 failed, 0 not applicable") << tensor;
+  }
+  write_case("a.safetensors", {{"kind", "some_layer"}}, "", 0, source);
+  EXPECT_EQ(check().last_line, "0 passed, 0 failed, 1 not applicable");
+}
+
+TEST_F(GoldenCheck, ModelsAreRunAndTheirWrongNumbersFail) {
+  const std::pair<std::string, std::string> sources[] = {
+      {"lightning/minimax_model__minimax_tiny.safetensors", "lightning/minimax_tiny"},
+      {"lightning/tnl_model__tnl_tiny.safetensors", "lightning/tnl_tiny"},
+      {"softmax/llama_model__tied.safetensors", "softmax/llama_tiny/tied"}};
+  for (const auto& [source, weights] : sources) {
+    fs::remove_all(folder_);
+    const fs::path beside =
+        folder_ / "deeper" /
+        fs::path(weights).lexically_relative(fs::path(weights).begin()->string());
+    fs::create_directories(beside.parent_path());
+    fs::copy(golden() / weights, beside);
+    write_case("a.safetensors", {}, "", 0, source);
+    EXPECT_EQ(check().last_line, "1 passed, 0 failed, 0 not applicable") << source;
+    write_case("a.safetensors", {}, "out.logits", 0.1, source);
+    EXPECT_EQ(check().code, 1) << source;
+    write_case("a.safetensors", {}, "in.input_ids", 1, source);
+    EXPECT_EQ(check().code, 1) << source;
+    if (source.find("tnl") == std::string::npos) {
+      write_case("a.safetensors", {}, "out.greedy", 1, source);
+      EXPECT_EQ(check().code, 1) << source;
+    }
+    write_case("a.safetensors", {{"params", "{\"model_dir\": \"nowhere\"}"}}, "", 0, source);
+    EXPECT_EQ(check().code, 1) << source;
+  }
 }
 
 TEST_F(GoldenCheck, FilesWithoutGoldenMetadataAreNotCases) {

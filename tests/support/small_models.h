@@ -29,9 +29,22 @@ inline ModelConfig small_config(const std::string& block,
   return config;
 }
 
-// Every mechanism alone, and all of them mixed, in both blocks.
+// MiniMax-01 in small: both kinds of layer, experts, weighed residuals from the normalised input.
+inline ModelConfig small_minimax() {
+  ModelConfig config = small_config("llama", {"lightning", "softmax"});
+  config.mechanisms["lightning"] = {
+      {"form", "minimax"}, {"num_heads", 2}, {"head_dim", 12}, {"slope_rule", "minimax_hf"}};
+  config.mechanisms["softmax"] = {
+      {"num_heads", 2}, {"num_kv_heads", 1}, {"head_dim", 12}, {"rotary_dim", 6}};
+  config.num_experts = 5;
+  config.residual_after_norm = true;
+  config.residuals = {{"lightning", {1.7, 0.9}}, {"softmax", {1.4, 1.1}}, {"mlp", {1.6, 1.2}}};
+  return config;
+}
+
+// Every mechanism alone, and all of them mixed, in both blocks; and a model with experts.
 inline std::vector<ModelConfig> small_configs() {
-  std::vector<ModelConfig> configs;
+  std::vector<ModelConfig> configs = {small_minimax()};
   for (const char* block : {"transnormer", "llama"}) {
     std::vector<std::string> all;
     for (const Mechanism* mechanism : mechanisms()) {

@@ -1,6 +1,6 @@
 // golden_check DIR...: runs every everlong-golden-1 case below the folders through every form of
-// the operator that it belongs to, in float64, and compares outputs, states and gradients.
-// docs/formats.md describes the files.
+// the operator, or the layer or model, that it belongs to, in float64, and compares outputs, states
+// and gradients. docs/formats.md describes the files.
 //
 // Exit code: 0 nothing failed, 1 a case failed or a file could not be read, 2 wrong usage.
 #include <cstdio>
@@ -19,8 +19,9 @@ constexpr const char* kHelp =
 Usage: golden_check DIR...
 
 Every *.safetensors file below the folders whose metadata say format = everlong-golden-1 is a case; files without
-golden metadata (a model folder's weights) are not. Each case runs in float64 through every form that the operator has
-(reference, composite, ...). The last line reads "N passed, M failed, K not applicable".
+golden metadata (a model folder's weights) are not. Each case runs in float64: an operator through every form that it
+has (reference, composite, ...; one that takes no float64 in fp32), a layer or a model in one pass and in pieces, and
+in fp32 too. The last line reads "N passed, M failed, K not applicable".
 
 Example:
   golden_check tests/golden

@@ -1,31 +1,44 @@
-// GLA, the token mixer of TransNormerLLM (2307.14995 section 3.4; published code:
+// The published layers around decayed linear attention, o = decay_linear_attention(q, k, v, slopes
+// of the layer, scale 1). Settings key "form":
+//
+// "transnormer": GLA, the token mixer of TransNormerLLM (2307.14995 section 3.4; published code:
 // NormLinearAttention):
 //   [q|k|v|u] = x W_qkvu^T in four blocks, heads contiguous in each;  q, k <- act(q), act(k)
 //   with LRPE:  q <- [q cos(t theta), q sin(t theta)], k likewise, t the absolute position: the key
-//   dim doubles o = decay_linear_attention(q, k, v, slopes of the layer, scale 1) y = (u *
-//   SRMSNorm(o over all heads)) W_out^T
+//   dim doubles
+//   y = (u * SRMSNorm(o over all heads)) W_out^T
+//
+// "minimax": the lightning layer of MiniMax-01 (2501.08313 section 2.2; published code:
+// MiniMaxLightningAttention):
+//   a = act(x W_qkv^T);  head h owns columns [3 h D, 3 (h+1) D) of a: its q, then k, then v
+//   y = (sigmoid(x W_gate^T) * RMSNorm(o over all heads, with a weight)) W_out^T
 #pragma once
 #include <memory>
 #include <string>
 
 #include "layers/linear.h"
 #include "layers/mixer.h"
+#include "layers/norm.h"
 #include "mechanisms/lightning/op.h"
 #include "mechanisms/lightning/params.h"
 #include "mechanisms/mechanism.h"
 
 namespace everlong::lightning {
 
+enum class Form { kTransnormer, kMinimax };
 enum class Activation { kSilu, kNone };
-enum class LrpeLayers { kNone, kFirst, kAll };
 
 struct LayerSettings {
+  Form form = Form::kTransnormer;
   std::int64_t num_heads = 1;
   std::int64_t head_dim = 64;  // num_heads * head_dim need not be the hidden size
   SlopeRule slope_rule = SlopeRule::kAlibiLayer;
   Activation activation = Activation::kSilu;
-  LrpeLayers lrpe = LrpeLayers::kNone;
-  double norm_eps = 1e-6;
+  bool lrpe = false;  // in this layer; the key says which: "none", "first_layer", "all", or a list
+                      // with 0 or 1 for each layer of the model. Form transnormer only
+  double norm_eps = 1e-6;  // of the norm over all heads; form minimax: 1e-6 whatever the model's is
+
+  std::int64_t key_dim() const { return head_dim * (lrpe ? 2 : 1); }
 
   // Defaults that depend on the width: heads of 64 where that divides it, else one head; head_dim =
   // width / num_heads.
@@ -62,23 +75,50 @@ class Lrpe final : public torch::nn::Module {
   at::Tensor theta_;
 };
 
-class GatedLinearAttention final : public Mixer {
+// The layer that the settings' form names.
+Result<std::shared_ptr<Mixer>> make_layer(const LayerSpec& spec);
+
+// What the forms share: the state, and the operator between their projections.
+class LightningLayer : public Mixer {
  public:
-  static Result<std::shared_ptr<Mixer>> make(const LayerSpec& spec);
-  GatedLinearAttention(const LayerSpec& spec, const LayerSettings& settings,
-                       std::vector<double> slope);
+  std::unique_ptr<State> make_state(std::int64_t sequences) const final;
+  std::string path(at::Device device) const final;
 
-  at::Tensor forward(const at::Tensor& x_BTD, const Sequences& sequences, State* state) override;
-  std::unique_ptr<State> make_state(std::int64_t sequences) const override;
-  std::string path(at::Device device) const override;
+ protected:
+  LightningLayer(const LayerSettings& settings, std::vector<double> slope);
+  void add_out_proj(const LayerSpec& spec);
 
- private:
-  std::int64_t key_dim() const { return settings_.head_dim * (lrpe_ == nullptr ? 1 : 2); }
+  // The state as this room's, after checks; null stays null.
+  LightningState* own_state(const at::Tensor& x_BTD, const Sequences& sequences,
+                            State* state) const;
+  // o [B, T, H D], all heads side by side. Moves the state on.
+  at::Tensor attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK, const at::Tensor& v_BTHV,
+                    const Sequences& sequences, LightningState* state) const;
 
   LayerSettings settings_;
   Decay decay_;
-  std::shared_ptr<Linear> qkvu_proj_, out_proj_;
+  std::shared_ptr<Linear> out_proj_;
+};
+
+class GatedLinearAttention final : public LightningLayer {
+ public:
+  GatedLinearAttention(const LayerSpec& spec, const LayerSettings& settings,
+                       std::vector<double> slope);
+  at::Tensor forward(const at::Tensor& x_BTD, const Sequences& sequences, State* state) override;
+
+ private:
+  std::shared_ptr<Linear> qkvu_proj_;
   std::shared_ptr<Lrpe> lrpe_;  // null: none
+};
+
+class MinimaxAttention final : public LightningLayer {
+ public:
+  MinimaxAttention(const LayerSpec& spec, const LayerSettings& settings, std::vector<double> slope);
+  at::Tensor forward(const at::Tensor& x_BTD, const Sequences& sequences, State* state) override;
+
+ private:
+  std::shared_ptr<Linear> qkv_proj_, output_gate_;
+  std::shared_ptr<Norm> norm_;
 };
 
 }  // namespace everlong::lightning

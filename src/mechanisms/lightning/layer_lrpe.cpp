@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "layers/weights.h"
 #include "mechanisms/lightning/layer.h"
 
 namespace everlong::lightning {
@@ -11,7 +12,7 @@ Lrpe::Lrpe(std::int64_t heads, std::int64_t head_dim) {
   const at::Tensor index = at::arange(heads * head_dim, at::kDouble);
   const at::Tensor theta =
       at::exp(index * (-2.0 * std::log(10000.0) / static_cast<double>(heads * head_dim)));
-  theta_ = register_parameter("theta", theta.view({heads, 1, head_dim}).to(at::kFloat));
+  theta_ = register_parameter("theta", weight_from(theta.view({heads, 1, head_dim})));
 }
 
 at::Tensor Lrpe::forward(const at::Tensor& x, const at::Tensor& positions_BT) const {
