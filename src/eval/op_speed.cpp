@@ -33,8 +33,8 @@ Result<std::string> find_form(const Operator& op, const OpBenchCase& wanted,
   std::string composite;
   std::vector<std::string> fitting;
   for (const OpForm& form : op.forms()) {
-    const bool fits =
-        (cuda ? form.cuda : form.cpu) && (form.low_precision || wanted.dtype == at::kDouble);
+    const bool fits = (cuda ? form.cuda : form.cpu) &&
+                      (wanted.dtype == at::kDouble ? form.float64 : form.low_precision);
     if (!fits) continue;
     fitting.push_back(form.name);
     if (form.name == asked || (asked == "auto" && form.name == (cuda ? "cuda" : "cpu")))

@@ -50,7 +50,8 @@ struct OpShape {
 struct OpForm {
   std::string name;  // "reference", "naive", "composite", "cpu", "cuda"
   bool cpu = true, cuda = false;
-  bool low_precision = false;  // takes bf16 and fp32 as well as fp64; otherwise fp64 only
+  bool low_precision = false;  // takes bf16 and fp32
+  bool float64 = true;         // takes fp64
 };
 
 struct OpCost {

@@ -21,7 +21,7 @@ inline std::vector<Run> runs_on(const std::vector<OpForm>& forms, at::Device dev
   std::vector<Run> runs;
   for (const OpForm& form : forms) {
     if (device.is_cpu() ? !form.cpu : !form.cuda) continue;
-    runs.push_back({&form, at::kDouble});
+    if (form.float64) runs.push_back({&form, at::kDouble});
     if (!form.low_precision) continue;
     runs.push_back({&form, at::kFloat});
     runs.push_back({&form, at::kBFloat16});

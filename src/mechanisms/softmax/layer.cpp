@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/offsets.h"
 #include "core/settings.h"
 #include "mechanisms/softmax/layer_cache.h"
 #include "mechanisms/softmax/params.h"
@@ -66,18 +67,19 @@ std::unique_ptr<State> Attention::make_state(std::int64_t sequences) const {
                                    k_proj_->weight().options().requires_grad(false));
 }
 
-std::string Attention::path(at::Device) const { return "composite (ATen)"; }
+std::string Attention::path(at::Device device) const {
+  if (!device.is_cpu()) return "composite (ATen)";
+  const auto options = q_proj_->weight().options().requires_grad(false).device(device);
+  const at::Tensor probe = at::empty({1, 0, 1, settings_.head_dim}, options);
+  return path_taken(probe, probe, probe, {}) == "cpu" ? "cpu kernel" : "composite (ATen)";
+}
 
 void Attention::check(const at::Tensor& x_BTD, const Sequences& sequences,
                       const State* state) const {
   TORCH_CHECK_VALUE(x_BTD.dim() == 3 && x_BTD.size(2) == settings_.hidden_size && x_BTD.size(0) > 0,
                     "softmax: x has shape ", x_BTD.sizes(), "; [B, T, ", settings_.hidden_size,
                     "] is needed");
-  if (!sequences.offsets.empty()) {
-    TORCH_CHECK_VALUE(x_BTD.size(0) == 1, "softmax: offsets with batch ", x_BTD.size(0),
-                      "; packed sequences lie in one row");
-    throw_if_error(check_offsets(sequences.offsets, x_BTD.size(1)));
-  }
+  throw_if_error(check_offsets(sequences.offsets, x_BTD.size(0), x_BTD.size(1)).at("softmax"));
   if (state == nullptr) return;
   TORCH_CHECK_VALUE(
       dynamic_cast<const KvState*>(state) != nullptr,

@@ -27,6 +27,7 @@ const Mechanism& mechanism() {
       .carries = "keys and values of the past: all of them, or those inside the window",
       .lacks = {{"bounded_state", "the KV cache grows with the text; set window"}},
       .operators = {&attention_operator()},
+      .register_schemas = register_schemas,
       .example_settings = example_settings,
       .make_layer = make_layer,
   };

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 
+#include "core/offsets.h"
 #include "mechanisms/softmax/op_blocks.h"
+#include "mechanisms/softmax/op_cpu.h"
 #include "mechanisms/softmax/params.h"
 
 namespace everlong::softmax {
@@ -124,11 +126,16 @@ double checked_scale(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   return params.scale;
 }
 
-}  // namespace
+bool takes_cpu_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      const Options& options) {
+  if (options.path == Path::kComposite) return false;
+  const Status status = check_cpu_kernel(q, k, v);
+  if (options.path == Path::kCpu) throw_if_error(status);
+  return status.ok();
+}
 
-at::Tensor attention(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::Tensor& v_BSGV,
-                     const Options& options) {
-  const double scale = checked_scale(q_BTHK, k_BSGK, v_BSGV, options);
+at::Tensor composite(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::Tensor& v_BSGV,
+                     std::int64_t window, double scale) {
   const std::int64_t B = q_BTHK.size(0), T = q_BTHK.size(1), H = q_BTHK.size(2), S = k_BSGK.size(1),
                      G = k_BSGK.size(2), R = H / G, K = q_BTHK.size(3), V = v_BSGV.size(3);
   // The heads of a group become rows of one matrix, so that keys and values are never repeated.
@@ -136,24 +143,43 @@ at::Tensor attention(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const a
       q_BTHK.unflatten(2, {G, R}).permute({0, 2, 1, 3, 4}).reshape({B * G, T * R, K});
   const at::Tensor k = k_BSGK.transpose(1, 2).reshape({B * G, S, K});
   const at::Tensor v = v_BSGV.transpose(1, 2).reshape({B * G, S, V});
-  const at::Tensor out = AttentionFunction::apply(q, k, v, R, options.window, scale);
+  const at::Tensor out = AttentionFunction::apply(q, k, v, R, window, scale);
   return out.view({B, G, T, R, V}).permute({0, 2, 1, 3, 4}).contiguous().view({B, T, H, V});
+}
+
+}  // namespace
+
+std::string_view path_taken(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                            const Options& options) {
+  return takes_cpu_kernel(q, k, v, options) ? "cpu" : "composite";
+}
+
+at::Tensor attention(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::Tensor& v_BSGV,
+                     const Options& options) {
+  const double scale = checked_scale(q_BTHK, k_BSGK, v_BSGV, options);
+  return takes_cpu_kernel(q_BTHK, k_BSGK, v_BSGV, options)
+             ? attention_by_cpu_kernel(q_BTHK, k_BSGK, v_BSGV, {}, options.window, scale)
+             : composite(q_BTHK, k_BSGK, v_BSGV, options.window, scale);
 }
 
 at::Tensor attention_packed(const at::Tensor& q_1THK, const at::Tensor& k_1TGK,
                             const at::Tensor& v_1TGV, std::span<const std::int64_t> offsets,
                             const Options& options) {
-  const Status status = check_offsets(offsets, q_1THK.size(1));
-  TORCH_CHECK_VALUE(status.ok() && q_1THK.size(0) == 1,
-                    status.ok() ? "softmax: packed sequences need B = 1" : status.message());
+  const double scale = checked_scale(q_1THK, k_1TGK, v_1TGV, options);
+  throw_if_error(check_offsets(offsets, q_1THK.size(0), q_1THK.size(1)).at("softmax"));
+  TORCH_CHECK_VALUE(!offsets.empty() && k_1TGK.size(1) == q_1THK.size(1),
+                    "softmax: packed sequences need offsets and a key for each token");
+  if (takes_cpu_kernel(q_1THK, k_1TGK, v_1TGV, options))
+    return attention_by_cpu_kernel(q_1THK, k_1TGK, v_1TGV, offsets, options.window, scale);
   std::vector<at::Tensor> parts;
   for (std::size_t n = 0; n + 1 < offsets.size(); ++n) {
     const std::int64_t begin = offsets[n], count = offsets[n + 1] - begin;
     if (count == 0) continue;
-    parts.push_back(attention(q_1THK.narrow(1, begin, count), k_1TGK.narrow(1, begin, count),
-                              v_1TGV.narrow(1, begin, count), options));
+    parts.push_back(composite(q_1THK.narrow(1, begin, count), k_1TGK.narrow(1, begin, count),
+                              v_1TGV.narrow(1, begin, count), options.window, scale));
   }
-  return parts.empty() ? attention(q_1THK, k_1TGK, v_1TGV, options) : at::cat(parts, 1);
+  return parts.empty() ? composite(q_1THK, k_1TGK, v_1TGV, options.window, scale)
+                       : at::cat(parts, 1);
 }
 
 at::Tensor naive(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::Tensor& v_BSGV,

@@ -1,4 +1,5 @@
-// Causal attention on tensors: the plain form and the composite one that is used. Legend: params.h.
+// Causal attention on tensors: the plain form, the composite one, and the CPU kernel's. Legend:
+// params.h.
 //
 // Bottom-right aligned: with S >= T keys, token t sits at key S - T + t, so a cache of past keys in
 // front of the new ones is all that streaming needs. S < T is legal; a token that sees no key gives
@@ -8,15 +9,27 @@
 
 #include <optional>
 #include <span>
+#include <string_view>
 
 #include "ops/operator.h"
 
 namespace everlong::softmax {
 
+enum class Path {
+  kAuto,       // the CPU kernel where it can run, otherwise the composite form
+  kComposite,  // ATen operations: any device and floating dtype
+  kCpu,        // the CPU kernel: fp32 and bf16, dims up to 256; refused elsewhere
+};
+
 struct Options {
   std::int64_t window = 0;  // a token sees itself and the window - 1 before it; 0: all before it
   std::optional<double> scale;  // default 1 / sqrt(K)
+  Path path = Path::kAuto;
 };
+
+// The path that attention takes for these tensors: "cpu" or "composite".
+std::string_view path_taken(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK,
+                            const at::Tensor& v_BSGV, const Options& options);
 
 // q [B, T, H, K], k [B, S, G, K], v [B, S, G, V] -> [B, T, H, V] contiguous, H a multiple of G:
 // query heads in a row share a key/value head. One dtype and device for all; any strides. Low
@@ -40,7 +53,11 @@ at::Tensor naive(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::T
 // (0: none); output "o". State: padded caches "k" [N, P, G, K] and "v" [N, P, G, V], and "length"
 // int64 [N]: sequence n owns rows [0, length[n]); what lies behind them is never read (the final
 // state has zeros there). With a window the final state keeps the last window - 1 rows.
-// Forms: reference, reference_recurrent, reference_online (float64, by hand), naive, composite.
+// Forms: reference, reference_recurrent, reference_online (float64, by hand), naive, composite, cpu
+// (fp32 and bf16).
 const Operator& attention_operator();
+
+// everlong::causal_attention in torch's dispatcher. Once a process: registry.cpp.
+void register_schemas();
 
 }  // namespace everlong::softmax

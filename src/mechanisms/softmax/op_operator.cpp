@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "mechanisms/softmax/op_call.h"
+#include "mechanisms/softmax/op_cpu.h"
 
 namespace everlong::softmax {
 namespace {
@@ -12,6 +13,16 @@ constexpr std::int64_t kOnlineBlock = 16;  // small, so that short cases have se
 
 std::vector<double> online_in_small_blocks(const reference::Problem& problem) {
   return reference::online(problem, kOnlineBlock);
+}
+
+at::Tensor by_composite(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                        const Options& options) {
+  return attention(q, k, v, {options.window, options.scale, Path::kComposite});
+}
+
+at::Tensor by_cpu_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const Options& options) {
+  return attention(q, k, v, {options.window, options.scale, Path::kCpu});
 }
 
 class CausalAttention final : public Operator {
@@ -23,7 +34,8 @@ class CausalAttention final : public Operator {
             {.name = "reference_recurrent"},
             {.name = "reference_online"},
             {.name = "naive", .cuda = true, .low_precision = true},
-            {.name = "composite", .cuda = true, .low_precision = true}};
+            {.name = "composite", .cuda = true, .low_precision = true},
+            {.name = "cpu", .low_precision = true, .float64 = false}};
   }
 
   Result<OpResult> run(std::string_view form, const OpCall& call) const override {
@@ -37,12 +49,17 @@ class CausalAttention final : public Operator {
       if (form == "reference_recurrent") return run_reference(reference::recurrent, call, params);
       if (form == "reference_online") return run_reference(online_in_small_blocks, call, params);
     }
-    const Attend attend = form == "naive" ? naive : form == "composite" ? attention : nullptr;
+    const Attend attend = form == "naive"       ? naive
+                          : form == "composite" ? by_composite
+                          : form == "cpu"       ? by_cpu_kernel
+                                                : nullptr;
     if (attend == nullptr)
       return invalid_argument(
           "softmax: \"", form,
-          "\" is not a form; known: composite, naive, reference, reference_online, "
+          "\" is not a form; known: composite, cpu, naive, reference, reference_online, "
           "reference_recurrent");
+    if (form == "cpu")
+      EVERLONG_RETURN_IF_ERROR(check_cpu_kernel(q, call.inputs.at("k"), call.inputs.at("v")));
     return run_by_autograd(call, [&](const TensorMap& inputs, const TensorMap& state) {
       return run_sequences(attend, inputs, state, params);
     });

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/offsets.h"
+
 namespace everlong::softmax {
 namespace {
 
@@ -57,20 +59,6 @@ Status read_shapes(Shape q, Shape k, Shape v, Shape state_k, Shape state_v, Para
   return {};
 }
 
-Status check_offsets(std::span<const std::int64_t> offsets, std::int64_t tokens) {
-  if (offsets.size() < 2 || offsets.front() != 0 || offsets.back() != tokens)
-    return invalid_argument(
-        "softmax: cu_seqlens has ", offsets.size(), " entries",
-        offsets.empty() ? "" : cat(" from ", offsets.front(), " to ", offsets.back()),
-        "; one more than there are sequences is needed, from 0 to the ", tokens, " tokens");
-  for (std::size_t i = 1; i < offsets.size(); ++i)
-    if (offsets[i] < offsets[i - 1])
-      return invalid_argument("softmax: cu_seqlens[", i, "] = ", offsets[i],
-                              " falls below cu_seqlens[", i - 1, "] = ", offsets[i - 1],
-                              "; offsets never fall (equal ones are an empty sequence)");
-  return {};
-}
-
 Status validate(const Params& p) {
   if (p.batch < 1 || p.tokens < 0)
     return invalid_argument("softmax: batch ", p.batch, " of ", p.tokens,
@@ -87,12 +75,7 @@ Status validate(const Params& p) {
                             "; tokens seen (>= 1, itself included) or 0 for all");
   if (!std::isfinite(p.scale) || p.scale <= 0)
     return invalid_argument("softmax: scale = ", p.scale, "; a finite number > 0 is needed");
-  if (!p.cu_seqlens.empty()) {
-    if (p.batch != 1)
-      return invalid_argument("softmax: cu_seqlens with batch ", p.batch,
-                              "; packed sequences lie in one row: reshape to [1, B * T, H, D]");
-    EVERLONG_RETURN_IF_ERROR(check_offsets(p.cu_seqlens, p.tokens));
-  }
+  EVERLONG_RETURN_IF_ERROR(check_offsets(p.cu_seqlens, p.batch, p.tokens).at("softmax"));
   if (p.state_lengths.empty()) return {};
   if (static_cast<std::int64_t>(p.state_lengths.size()) != p.sequences())
     return invalid_argument("softmax: state length has ", p.state_lengths.size(), " entries for ",

@@ -43,9 +43,6 @@ Status read_shapes(Shape q, Shape k, Shape v, Shape state_k, Shape state_v, Para
 // Refuses what no form of this room can run. Cheap; every entry calls it before any work.
 Status validate(const Params& params);
 
-// Offsets of a packed call: start at 0, never fall, end at `tokens`.
-Status check_offsets(std::span<const std::int64_t> offsets, std::int64_t tokens);
-
 // 1 / sqrt(key_dim), the scale where none is given.
 double default_scale(std::int64_t key_dim);
 

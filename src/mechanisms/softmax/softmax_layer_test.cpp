@@ -83,6 +83,31 @@ TEST(SoftmaxLayer, EqualsTheFormulaWithEitherRotation) {
     }
 }
 
+TEST(SoftmaxLayer, SaysWhichPathItTakes) {
+  EXPECT_EQ(layer(kinds()[0], at::kFloat)->path(at::kCPU), "cpu kernel");
+  EXPECT_EQ(layer(kinds()[0], at::kBFloat16)->path(at::kCPU), "cpu kernel");
+  EXPECT_EQ(layer(kinds()[0])->path(at::kCPU), "composite (ATen)");
+}
+
+// Prefill, single tokens and a piece over the cache, by the kernel; one pass in fp64 without it.
+TEST(SoftmaxLayer, TheKernelStepsAsTheCompositeFormDoes) {
+  at::NoGradGuard guard;
+  for (const auto& settings : kinds()) {
+    const auto exact = layer(settings), fast = layer(settings, at::kFloat);
+    const at::Tensor x = inputs(2, 300);
+    const at::Tensor want = exact->forward(x, {}, nullptr);
+    const auto state = fast->make_state(2);
+    std::vector<at::Tensor> parts;
+    std::int64_t done = 0;
+    for (const std::int64_t piece : {200, 1, 1, 1, 7, 89, 1}) {
+      parts.push_back(fast->forward(x.narrow(1, done, piece).to(at::kFloat), {}, state.get()));
+      done += piece;
+    }
+    // fp32 in weights, projections and scores; outputs of size 1.
+    EXPECT_LE(largest(at::cat(parts, 1) - want), 1e-5) << settings.dump();
+  }
+}
+
 TEST(SoftmaxLayer, AnyCutGivesTheSameOutputsAndTheSameState) {
   at::NoGradGuard guard;
   std::mt19937 random(5);

@@ -1,4 +1,5 @@
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -99,15 +100,18 @@ TEST(Softmax, LowPrecisionIsAsGoodAsTheNaiveForm) {
       OpCall rounded = low;
       rounded.inputs = to(low.inputs, at::kDouble), rounded.state = to(low.state, at::kDouble);
       rounded.grad_out = to(low.grad_out, at::kDouble);
-      const OpResult exact = run("reference", rounded), plain = run("naive", low),
-                     got = run("composite", low);
+      const OpResult exact = run("reference", rounded), plain = run("naive", low);
       const double atol = tolerance::floor_of(dtype);
-      for (const auto& [name, want] : exact.out)
-        EXPECT_LE(largest(got.out.at(name) - want), 2 * largest(plain.out.at(name) - want) + atol);
-      for (const auto& [name, want] : exact.grad)
-        EXPECT_LE(largest(got.grad.at(name) - want),
-                  2 * largest(plain.grad.at(name) - want) + atol * (1 + largest(want)))
-            << name;
+      for (const char* form : {"composite", "cpu"}) {
+        const OpResult got = run(form, low);
+        for (const auto& [name, want] : exact.out)
+          EXPECT_LE(largest(got.out.at(name) - want), 2 * largest(plain.out.at(name) - want) + atol)
+              << form;
+        for (const auto& [name, want] : exact.grad)
+          EXPECT_LE(largest(got.grad.at(name) - want),
+                    2 * largest(plain.grad.at(name) - want) + atol * (1 + largest(want)))
+              << form << " " << name;
+      }
     }
 }
 
@@ -213,6 +217,87 @@ TEST(Softmax, StridedViewsAndRepeatedRunsGiveTheSameBits) {
   EXPECT_LE(largest(attention(q, k, v, options) - dense),
             1e-6);  // other strides may choose another product kernel
   EXPECT_TRUE(at::equal(attention(q, k, v, options), attention(q, k, v, options)));
+}
+
+TEST(Softmax, TheCpuKernelRunsWhereItCan) {
+  const auto taken = [](at::ScalarType dtype, std::int64_t dim, Path path) {
+    const at::Tensor x = at::zeros({1, 3, 2, dim}, dtype);
+    return std::string(path_taken(x, x, x, {.path = path}));
+  };
+  EXPECT_EQ(taken(at::kFloat, 64, Path::kAuto), "cpu");
+  EXPECT_EQ(taken(at::kBFloat16, 256, Path::kAuto), "cpu");
+  EXPECT_EQ(taken(at::kFloat, 64, Path::kComposite), "composite");
+  EXPECT_EQ(taken(at::kDouble, 64, Path::kAuto), "composite");
+  EXPECT_EQ(taken(at::kFloat, 257, Path::kAuto), "composite");
+  EXPECT_ANY_THROW(taken(at::kDouble, 64, Path::kCpu));
+  // And what is taken is what runs: the two forms round differently.
+  at::manual_seed(4);
+  const auto x = at::randn({1, 150, 2, 32}, at::kFloat);
+  const at::Tensor kernel = attention(x, x, x, {.path = Path::kCpu});
+  EXPECT_TRUE(at::equal(attention(x, x, x, {}), kernel));
+  EXPECT_FALSE(at::equal(attention(x, x, x, {.path = Path::kComposite}), kernel));
+}
+
+TEST(Softmax, PackedSequencesEqualSeparateOnesOnAnyNumberOfThreads) {
+  at::manual_seed(5);
+  const std::vector<std::int64_t> offsets = {0, 100, 100, 101, 260};
+  const auto leaf = [](std::int64_t heads) {
+    return at::randn({1, 260, heads, 24}, at::kFloat).requires_grad_(true);
+  };
+  const auto q = leaf(4), k = leaf(2), v = leaf(2);
+  const Options options{.window = 50};
+  const auto gradients = [&](const at::Tensor& out) {
+    for (const auto& x : {q, k, v}) x.mutable_grad() = at::Tensor();
+    out.square().sum().backward();
+    return std::vector<at::Tensor>{out.detach(), q.grad(), k.grad(), v.grad()};
+  };
+  std::vector<at::Tensor> parts;
+  for (std::size_t n = 0; n + 1 < offsets.size(); ++n) {
+    const auto part = [&](const at::Tensor& x) {
+      return x.narrow(1, offsets[n], offsets[n + 1] - offsets[n]);
+    };
+    parts.push_back(attention(part(q), part(k), part(v), options));
+  }
+  const auto want = gradients(at::cat(parts, 1));
+  const int threads = at::get_num_threads();
+  std::vector<std::vector<at::Tensor>> got;
+  for (const int count : {1, 2, 3}) {
+    at::set_num_threads(count);
+    got.push_back(gradients(attention_packed(q, k, v, offsets, options)));
+  }
+  at::set_num_threads(threads);
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    EXPECT_LE(largest(got[0][i] - want[i]), 1e-5 * (1 + largest(want[i]))) << i;
+    EXPECT_TRUE(at::equal(got[0][i], got[1][i]) && at::equal(got[0][i], got[2][i])) << i;
+  }
+}
+
+TEST(Softmax, TheKernelKeepsABrokenTokenFromThoseThatDoNotSeeIt) {
+  OpShape shape{.tokens = 100, .heads = 4, .kv_heads = 2, .key_dim = 16, .value_dim = 8};
+  shape.params["window"] = 9;
+  OpCall call = attention_operator().sample(shape);
+  want_gradients(call);
+  for (auto* map : {&call.inputs, &call.grad_out})
+    for (auto& [name, x] : *map) x = x.to(at::kFloat);
+  const OpResult want = run("cpu", call);
+  for (auto& [name, x] : call.inputs) {
+    x = x.clone();
+    x.select(1, 60).fill_(std::numeric_limits<double>::quiet_NaN());
+  }
+  const OpResult got = run("cpu", call);
+  const auto same = [](const at::Tensor& a, const at::Tensor& b, std::int64_t from,
+                       std::int64_t to) {
+    return at::allclose(a.slice(1, from, to), b.slice(1, from, to), 1e-5, 1e-6);
+  };
+  // Tokens 60 to 68 see token 60; the keys that these see are 52 to 68.
+  for (const auto& [a, b] : {std::pair(got.out.at("o"), want.out.at("o")),
+                             std::pair(got.grad.at("q"), want.grad.at("q"))})
+    EXPECT_TRUE(same(a, b, 0, 60) && same(a, b, 69, 100));
+  for (const char* name : {"k", "v"})
+    EXPECT_TRUE(same(got.grad.at(name), want.grad.at(name), 0, 52) &&
+                same(got.grad.at(name), want.grad.at(name), 69, 100))
+        << name;
+  EXPECT_TRUE(got.out.at("o").slice(1, 60, 69).isnan().all().item<bool>());
 }
 
 TEST(Softmax, RefusesEveryListedCallInEveryForm) {
