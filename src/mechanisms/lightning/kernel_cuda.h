@@ -1,0 +1,89 @@
+// Decayed linear attention on NVIDIA GPUs, from sm_80 on. Torch-free: views, and streams as void*
+// (cudaStream_t).
+//
+//   S_t = exp(-s_h) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t        (README.md section 1)
+//
+// Every function launches on the current device, waits for nothing and allocates nothing, so a
+// CUDA graph can capture it. Views are not owned and must live until the stream has done the work.
+// Legend: B batch, T tokens, H heads, K key dim, V value dim, N rows of the states.
+#pragma once
+#include <cstdint>
+#include <span>
+
+#include "core/status.h"
+#include "core/tensor_view.h"
+
+namespace everlong::lightning {
+
+// Slopes travel with the launch, by value: no copy to the device, no synchronisation.
+inline constexpr std::int64_t kCudaMaxHeads = 512;
+inline constexpr std::int64_t kCudaMaxKeyDim = 4096;  // the step keeps one q and k in shared memory
+
+// One token for each of B sequences.
+struct CudaStep {
+  ConstTensorView q_B1HK, k_B1HK, v_B1HV;  // fp32, bf16 or fp16, one dtype
+  TensorView o_B1HV;                       // dtype of v
+  ConstTensorView state_in_NHKV;           // fp32; null: zero
+  TensorView state_out_NHKV;  // fp32; may be state_in itself (in place), else must not overlap it
+  // On the device: sequence b's row of the states, N may then differ from B. A row outside [0, N)
+  // marks an empty place: its output is zero and no state is touched. Null: row b. Two sequences
+  // must not share a row.
+  const std::int64_t* slot_B = nullptr;
+  std::span<const double> slope_H;  // on the host, nats per token, >= 0
+  double scale = 1.0;
+};
+
+// Reads and writes every element of the states in use once. Bitwise the same whatever else is in
+// the batch. Refuses what does not fit, before any work.
+Status cuda_step(const CudaStep& call, void* stream);
+
+// Whole sequences, on Hopper (sm_90) only: the chunk engine of kernel_sm90_engine.cuh. bf16, K and
+// V multiples of 8 up to 128, T >= 1; strides as in kernels/cuda/tensor_map.h. States are fp32 with
+// free strides. Deterministic, bit by bit.
+
+// N sequences packed into B = 1. Empty ones are legal; nothing is written for them, states
+// included.
+struct CudaPacking {
+  std::span<const std::int64_t> cu_seqlens = {};  // N+1 offsets on the host; empty: N = B
+  const std::int32_t* offsets = nullptr;          // cuda_offsets() of them, on the device
+};
+// Fills 2 (N+1) numbers, from sorted offsets.
+void cuda_offsets(std::span<const std::int64_t> cu_seqlens, std::span<std::int32_t> offsets);
+
+struct CudaForward {
+  ConstTensorView q_BTHK, k_BTHK, v_BTHV;
+  TensorView o_BTHV;
+  ConstTensorView state_in_NHKV = {};  // null: zero
+  TensorView state_out_NHKV = {};      // null: not wanted; may be state_in itself
+  std::span<const double> slope_H;
+  double scale = 1.0;
+  // False: a long line may be cut into ranges that start from the tokens of the last 30 ln 2 / s
+  // only: what lies further back counts less than 2^-30. True: every token counts.
+  bool exact = false;
+  // cuda_workspace_bytes() on the device, 16-byte aligned, contents irrelevant. Null: calls of few
+  // heads are slower.
+  void* workspace = nullptr;
+  CudaPacking packing = {};
+};
+Status cuda_forward(const CudaForward& call, void* stream);
+
+// Gradients of <o, grad_o> + <state_out, grad_state>. Everything is read again and nothing kept by
+// the forward pass; each gradient is written once.
+struct CudaBackward {
+  ConstTensorView q_BTHK, k_BTHK, v_BTHV, grad_o_BTHV;
+  ConstTensorView state_in_NHKV = {}, grad_state_NHKV = {};  // null: zero
+  TensorView grad_q_BTHK, grad_k_BTHK, grad_v_BTHV;
+  TensorView grad_state_in_NHKV = {};  // null: not wanted; may be grad_state itself
+  std::span<const double> slope_H;
+  double scale = 1.0;
+  bool exact = false;         // as in CudaForward
+  void* workspace = nullptr;  // as in CudaForward
+  CudaPacking packing = {};
+};
+Status cuda_backward(const CudaBackward& call, void* stream);
+
+// For either, on the current device.
+std::int64_t cuda_workspace_bytes(std::int64_t sequences, std::int64_t heads, std::int64_t key_dim,
+                                  std::int64_t value_dim);
+
+}  // namespace everlong::lightning

@@ -1,0 +1,197 @@
+// The forward pass on Hopper. With C = 64 tokens a chunk, m <= C in a sequence's last (README
+// section 2):
+//   O  = ((Q K^T) .* D) V + diag(a) Q S,   D_ij = scale lambda^(i-j), i >= j; a_i = scale
+//   lambda^(i+1) S' = lambda^m S + (diag(w) K)^T V,     w_j = lambda^(m-1-j)
+// Warpgroups: one thread of the first copies tiles in, the second makes O, the others hold the rows
+// of S (fp32, in registers, 64 each) and leave a bf16 copy in shared memory for Q S.
+// Bound by memory: 1024 bytes a token and head at K = V = 128 against 98 kFLOP.
+#pragma once
+#include "mechanisms/lightning/kernel_sm90_parts.cuh"
+
+namespace everlong::lightning::engine {
+
+template <int kKeys, int kValues>
+struct Forward {
+  static_assert(kKeys % 32 == 0 && kValues % 32 == 0);
+  static constexpr int kKeyPanels = panels_of(kKeys), kValuePanels = panels_of(kValues);
+  static constexpr int kStateGroups = kKeyPanels;
+  static constexpr int kThreads = (2 + kStateGroups) * kWarpgroup;
+  static constexpr int kKeyTile = kPanel * kKeyPanels, kValueTile = kPanel * kValuePanels;
+  static constexpr int kStage = 2 * kKeyTile + kValueTile;  // q, k, v
+  // 2 and 3 stages of 48 KB differ by less than 1 %; 144 KB in flight ride out more jitter.
+  static constexpr int kStages = kStage > 40 * 1024 ? 3 : kStage > 24 * 1024 ? 4 : 6;
+  static constexpr int kStatePanel = kKeyPanels * 64 * 128;  // all rows of S x 64 columns
+
+  struct Shared {
+    alignas(1024) unsigned char stage[kStages][kStage];
+    unsigned char state[kValuePanels * kStatePanel];
+    unsigned char out[4][kValuePanels * kOutPanel];
+    std::uint64_t full[kStages], empty[kStages], state_full, state_empty, tail;
+  };
+
+  struct Maps {
+    const CUtensorMap &q, &k, &v, &o;
+  };
+
+  __device__ static void copy_tiles(const Maps& maps, const Launch& p, Shared& shared) {
+    Ring<kStages> ring;
+    std::uint32_t tail_parity = 0;
+    const bool packed = p.first_chunk != nullptr;
+    Walk walk(p);
+    for (Segment s; walk.next(s);)
+#pragma unroll 1
+      for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
+        unsigned char* const stage = shared.stage[ring.stage];
+        barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+        const bool computed = chunk >= s.first;
+        const int token = s.token + token_of<false>(s, chunk);
+        const auto load = [&](std::uint64_t* full) {
+          unsigned char* to = stage;
+          for (int panel = 0; panel < kKeyPanels; ++panel, to += kPanel) {
+            if (computed) load_box(to, &maps.q, full, panel * 64, token, s.head, s.batch);
+            load_box(to + kKeyTile, &maps.k, full, panel * 64, token, s.head, s.batch);
+          }
+          to += kKeyTile;
+          for (int panel = 0; panel < kValuePanels; ++panel, to += kPanel)
+            load_box(to, &maps.v, full, panel * 64, token, s.head, s.batch);
+        };
+        fill_stage<kStage>(stage, &shared.full[ring.stage], &shared.tail, tail_parity,
+                           computed ? kStage : kKeyTile + kValueTile, length_of<false>(s, chunk),
+                           packed, load);
+      }
+  }
+
+  __device__ static void make_output(const Maps& maps, const OutputRows& o, const Launch& p,
+                                     Shared& shared) {
+    const int lane = lane_of_warp();
+    const std::uint64_t state = operand(shared_address(shared.state), kStatePanel);
+    Ring<kStages> ring;
+    std::uint32_t state_parity = 0;
+    Walk walk(p);
+    for (Segment s; walk.next(s);) {
+      const float rate = -1.44269504f * s.slope;
+      float decay[kChunk / 2];
+      fill_decay<false>(decay, p.scale, rate);
+      const float from_state[2] = {
+          p.scale * exp2f(rate * static_cast<float>(accumulator_row(0) + 1)),
+          p.scale * exp2f(rate * static_cast<float>(accumulator_row(2) + 1))};
+      for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
+        barrier_wait(&shared.full[ring.stage], ring.parity);
+        if (chunk < s.first) {
+          if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
+          continue;
+        }
+        const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
+        const std::uint64_t q = operand(tile), k = operand(tile + kKeyTile),
+                            v = operand(tile + 2 * kKeyTile, kPanel);
+        float scores[kChunk / 2], sum[kValues / 2];
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i) {
+          const std::uint64_t at = i / 4 * (kPanel >> 4) + i % 4 * kNextK;
+          wgmma<0, 0>(scores, q + at, k + at, i > 0);
+        }
+        wgmma_commit();
+        barrier_wait(&shared.state_full, state_parity);
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i)
+          wgmma<0, 1>(sum, q + i / 4 * (kPanel >> 4) + i % 4 * kNextK, state + i * kNextRows,
+                      i > 0);
+        wgmma_commit();
+        wgmma_wait<1>();  // the mask hides under Q S
+        settle(scores);
+        Scores weights;
+        mask_scores(weights, scores, decay);
+        wgmma_wait<0>();
+        settle(sum);
+        if (lane == 0) barrier_arrive(&shared.state_empty);
+        state_parity ^= 1;
+#pragma unroll
+        for (int i = 0; i < kValues / 2; ++i) sum[i] *= from_state[i % 4 / 2];
+        settle(sum);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kChunk / 16; ++i) wgmma<1>(sum, weights[i], v + i * kNextRows, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        settle(sum);
+        if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
+        store_rows(sum, shared.out[warp_of_group()], maps.o, o, p.V, p.first_chunk != nullptr,
+                   token_of<false>(s, chunk), s);
+      }
+    }
+    if (lane == 0) store_wait_read();
+  }
+
+  // Rows 64 group .. + 63 of S.
+  __device__ static void carry_state(const Launch& p, Shared& shared, int group) {
+    const int lane = lane_of_warp(), first_row = group * 64;
+    const std::uint32_t copy =
+        shared_address(shared.state) + (first_row + warp_of_group() * 16) * 128;
+    Ring<kStages> ring;
+    std::uint32_t state_parity = 1;
+    Walk walk(p);
+    for (Segment s; walk.next(s);) {
+      float sum[kValues / 2];
+      read_state(sum, start_of(p, s), first_row, p);
+      Weights<false> weights;
+      for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
+        if (chunk >= s.first) {
+          barrier_wait(&shared.state_empty, state_parity);
+          state_parity ^= 1;
+          write_tile(sum, copy, kStatePanel);
+          shared_writes_fence();
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&shared.state_full);
+        }
+        weights.fit(length_of<false>(s, chunk), s.slope, p.scale);
+        barrier_wait(&shared.full[ring.stage], ring.parity);
+        const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
+        add_chunk(sum, weights, tile + kKeyTile + group * kPanel,
+                  operand(tile + 2 * kKeyTile, kPanel));
+        __syncwarp();  // every lane has read
+        if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
+      }
+      write_state(sum, end_of(p, s), first_row, p);
+    }
+  }
+
+  __device__ static void run(const Maps& maps, const OutputRows& o, const Launch& p,
+                             Shared& shared) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < kStages; ++i) {
+        barrier_init(&shared.full[i], 1);
+        barrier_init(&shared.empty[i], 4 * (1 + kStateGroups));  // warps that read a stage
+      }
+      barrier_init(&shared.state_full, 4 * kStateGroups);
+      barrier_init(&shared.state_empty, 4);
+      barrier_init(&shared.tail, 1);
+      barrier_init_fence();
+    }
+    __syncthreads();
+    // Uniform for the compiler too, else it serialises the products.
+    const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+    if (role == 0) {
+      registers_down<24>();
+      if (threadIdx.x < 32) copy_tiles(maps, p, shared);
+    } else if (role == 1) {
+      registers_up<kStateGroups == 2 ? 184 : 240>();
+      make_output(maps, o, p, shared);
+    } else {
+      registers_up<kStateGroups == 2 ? 152 : 240>();
+      carry_state(p, shared, role - 2);
+    }
+  }
+};
+
+template <int kKeys, int kValues>
+__global__ void __launch_bounds__((2 + panels_of(kKeys)) * kWarpgroup, 1)
+    forward_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
+                   const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap o,
+                   const __grid_constant__ OutputRows o_rows, const __grid_constant__ Launch p) {
+  using F = Forward<kKeys, kValues>;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  F::run({q, k, v, o}, o_rows, p, *reinterpret_cast<typename F::Shared*>(memory));
+}
+
+}  // namespace everlong::lightning::engine

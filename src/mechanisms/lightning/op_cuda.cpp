@@ -1,0 +1,256 @@
+#include "mechanisms/lightning/op_cuda.h"
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <array>
+#include <mutex>
+
+#include "kernels/cuda/device.h"
+#include "mechanisms/lightning/kernel_cuda.h"
+
+namespace everlong::lightning {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Compute capability, 10 times major plus minor; 0: no kernels for it here.
+int capability(at::Device device) {
+  static std::mutex mutex;
+  static std::array<int, 64> known{};  // 0: not asked yet; -1: none
+  const auto index = static_cast<std::size_t>(device.index() < 0 ? 0 : device.index());
+  if (index >= known.size()) return 0;
+  const std::lock_guard lock(mutex);
+  if (known[index] == 0) {
+    const auto info = cuda::device_info(static_cast<int>(index));
+    known[index] = info.ok() ? info->major * 10 + info->minor : -1;
+  }
+  return std::max(known[index], 0);
+}
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kFloat:
+      return DType::kFloat32;
+    default:
+      return DType::kFloat64;
+  }
+}
+TensorView view(const Tensor& x) {
+  if (!x.defined()) return {};
+  return {x.mutable_data_ptr(),
+          dtype_of(x),
+          {x.size(0), x.size(1), x.size(2), x.size(3)},
+          {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
+}
+ConstTensorView const_view(const Tensor& x) {
+  if (!x.defined()) return {};
+  return {x.const_data_ptr(),
+          dtype_of(x),
+          {x.size(0), x.size(1), x.size(2), x.size(3)},
+          {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
+}
+
+void* current_stream(at::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+Tensor dense(const Tensor& x) { return !x.defined() || x.stride(3) == 1 ? x : x.contiguous(); }
+// 0: the sequences are not all of one length.
+std::int64_t equal_length(at::IntArrayRef cu_seqlens) {
+  if (cu_seqlens.empty()) return 0;
+  for (std::size_t i = 2; i < cu_seqlens.size(); ++i)
+    if (cu_seqlens[i] - cu_seqlens[i - 1] != cu_seqlens[1]) return 0;
+  return cu_seqlens[1];
+}
+// What the copy engine can walk through: a copy where it cannot.
+Tensor for_tiles(const Tensor& x) {
+  bool fits = x.stride(3) == 1 && reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (const std::int64_t dim : {0, 1, 2})
+    fits = fits && (x.size(dim) == 1 || (x.stride(dim) > 0 && x.stride(dim) % 8 == 0));
+  return fits ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
+Tensor workspace_for(const Tensor& q, const Tensor& v) {
+  return at::empty({cuda_workspace_bytes(q.size(0), q.size(2), q.size(3), v.size(3))},
+                   q.options().dtype(at::kByte));
+}
+void* data_of(const Tensor& workspace) {
+  return workspace.numel() == 0 ? nullptr : workspace.mutable_data_ptr();
+}
+
+// Everything of a call besides its tensors.
+struct EngineJob {
+  Decay decay;
+  std::vector<std::int64_t> cu_seqlens = {};
+  Tensor offsets = {};  // of them, on the device
+
+  CudaPacking packing() const {
+    if (cu_seqlens.empty()) return {};
+    return {cu_seqlens, offsets.const_data_ptr<std::int32_t>()};
+  }
+  // Memory for states that belong to q and v; those of empty sequences are the old ones, or zero.
+  Tensor new_states(const Tensor& old, const Tensor& q, const Tensor& v) const {
+    const std::int64_t N =
+        cu_seqlens.empty() ? q.size(0) : static_cast<std::int64_t>(cu_seqlens.size()) - 1;
+    const Tensor states =
+        at::empty({N, q.size(2), q.size(3), v.size(3)}, q.options().dtype(at::kFloat));
+    for (std::size_t i = 1; i < cu_seqlens.size(); ++i)
+      if (cu_seqlens[i] == cu_seqlens[i - 1])
+        return old.defined() ? states.copy_(old) : states.zero_();
+    return states;
+  }
+};
+
+EngineJob make_job(const Decay& decay, at::IntArrayRef cu_seqlens, at::Device device) {
+  EngineJob job{decay, cu_seqlens.vec()};
+  if (cu_seqlens.empty()) return job;
+  const Tensor offsets =
+      at::empty({2 * static_cast<std::int64_t>(cu_seqlens.size())}, at::TensorOptions(at::kInt));
+  cuda_offsets(job.cu_seqlens, {offsets.mutable_data_ptr<std::int32_t>(),
+                                static_cast<std::size_t>(offsets.numel())});
+  job.offsets = offsets.to(device);
+  return job;
+}
+
+Attention run_step(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& decay,
+                   const Tensor& state) {
+  const Attention out{at::empty(v.sizes(), v.options()), EngineJob{decay}.new_states(state, q, v)};
+  CudaStep call;
+  call.q_B1HK = const_view(q);
+  call.k_B1HK = const_view(k);
+  call.v_B1HV = const_view(v);
+  call.o_B1HV = view(out.o_BTHV);
+  call.state_in_NHKV = const_view(state);
+  call.state_out_NHKV = view(out.state_NHKV);
+  call.slope_H = decay.slope();
+  call.scale = decay.scale();
+  throw_if_error(cuda_step(call, current_stream(q.device())));
+  return out;
+}
+
+Attention run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const EngineJob& job,
+                      const Tensor& state) {
+  const Attention out{at::empty(v.sizes(), v.options()), job.new_states(state, q, v)};
+  const Tensor workspace = workspace_for(q, v);
+  CudaForward call;
+  call.q_BTHK = const_view(q);
+  call.k_BTHK = const_view(k);
+  call.v_BTHV = const_view(v);
+  call.o_BTHV = view(out.o_BTHV);
+  call.state_in_NHKV = const_view(state);
+  call.state_out_NHKV = view(out.state_NHKV);
+  call.slope_H = job.decay.slope();
+  call.scale = job.decay.scale();
+  call.workspace = data_of(workspace);
+  call.packing = job.packing();
+  throw_if_error(cuda_forward(call, current_stream(q.device())));
+  return out;
+}
+
+// Keeps its inputs and nothing else.
+struct EngineForm : torch::autograd::Function<EngineForm> {
+  struct Holder : torch::CustomClassHolder {
+    explicit Holder(EngineJob job_in) : job(std::move(job_in)) {}
+    EngineJob job;
+  };
+
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const Tensor& known,
+                               const c10::intrusive_ptr<Holder>& holder) {
+    const Tensor state = known.numel() == 0 ? Tensor() : known;
+    ctx->save_for_backward({q, k, v, state});
+    ctx->saved_data["job"] = c10::IValue::make_capsule(holder);
+    const Attention out = run_forward(q, k, v, holder->job, state);
+    return {out.o_BTHV, out.state_NHKV};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto capsule = ctx->saved_data["job"].toCapsule();
+    const EngineJob& job = static_cast<const Holder&>(*capsule).job;
+    const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &state = saved[3];
+    const c10::DeviceGuard guard(q.device());
+    const Tensor grad_o = for_tiles(grads[0]), workspace = workspace_for(q, v);
+    const Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty_like(grad_q),
+                 grad_v = at::empty(v.sizes(), v.options()),
+                 grad_state = state.defined() ? job.new_states(grads[1], q, v) : Tensor();
+    CudaBackward call;
+    call.q_BTHK = const_view(q);
+    call.k_BTHK = const_view(k);
+    call.v_BTHV = const_view(v);
+    call.grad_o_BTHV = const_view(grad_o);
+    call.state_in_NHKV = const_view(state);
+    call.grad_state_NHKV = const_view(grads[1]);
+    call.grad_q_BTHK = view(grad_q);
+    call.grad_k_BTHK = view(grad_k);
+    call.grad_v_BTHV = view(grad_v);
+    call.grad_state_in_NHKV = view(grad_state);
+    call.slope_H = job.decay.slope();
+    call.scale = job.decay.scale();
+    call.workspace = data_of(workspace);
+    call.packing = job.packing();
+    throw_if_error(cuda_backward(call, current_stream(q.device())));
+    return {grad_q, grad_k, grad_v, grad_state, Tensor()};
+  }
+};
+
+}  // namespace
+
+std::string why_not_engine(at::Device device, at::ScalarType dtype, std::int64_t heads,
+                           std::int64_t key_dim, std::int64_t value_dim) {
+  const auto fits = [](std::int64_t dim) { return dim >= 8 && dim <= 128 && dim % 8 == 0; };
+  if (!device.is_cuda()) return "not on a GPU";
+  if (capability(device) != 90) return "the GPU is not Hopper (sm_90), or this build has no CUDA";
+  if (dtype != at::kBFloat16) return "it takes bf16 only";
+  if (!fits(key_dim) || !fits(value_dim)) return "head dims must be multiples of 8 up to 128";
+  if (heads > kCudaMaxHeads) return cat("more than ", kCudaMaxHeads, " heads");
+  return {};
+}
+
+std::optional<Attention> try_cuda(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                  const Decay& decay, at::IntArrayRef cu_seqlens,
+                                  const std::optional<Tensor>& state_in) {
+  if (!q_in.is_cuda() || q_in.numel() == 0 || v_in.numel() == 0 ||
+      q_in.scalar_type() == at::kDouble)
+    return std::nullopt;
+  const std::int64_t heads = q_in.size(2), K = q_in.size(3), V = v_in.size(3);
+  const Tensor state = state_in.has_value() ? state_in->to(at::kFloat) : Tensor();
+  const bool differentiate = at::GradMode::is_enabled() &&
+                             (q_in.requires_grad() || k_in.requires_grad() ||
+                              v_in.requires_grad() || (state.defined() && state.requires_grad()));
+  const c10::DeviceGuard guard(q_in.device());
+  const int sm = capability(q_in.device());
+  if (cu_seqlens.empty() && q_in.size(1) == 1 && !differentiate && (sm / 10 == 8 || sm == 90) &&
+      heads <= kCudaMaxHeads && K <= kCudaMaxKeyDim)
+    return run_step(dense(q_in), dense(k_in), dense(v_in), decay, dense(state));
+  if (!why_not_engine(q_in.device(), q_in.scalar_type(), heads, K, V).empty()) return std::nullopt;
+
+  // Packed sequences of one length are rows.
+  const std::int64_t length = equal_length(cu_seqlens);
+  const auto ready = [&](const Tensor& x) {
+    return for_tiles(length > 0 ? x.view({-1, length, x.size(2), x.size(3)}) : x);
+  };
+  const Tensor q = ready(q_in), k = ready(k_in), v = ready(v_in);
+  EngineJob job = make_job(decay, length > 0 ? at::IntArrayRef() : cu_seqlens, q.device());
+  if (!differentiate) {
+    Attention out = run_forward(q, k, v, job, state);
+    out.o_BTHV = out.o_BTHV.view(v_in.sizes());
+    return out;
+  }
+  // Autograd wants a tensor that is there: an empty one stands for no state.
+  const Tensor known = state.defined() ? state : at::empty({0}, q.options().dtype(at::kFloat));
+  const auto results =
+      EngineForm::apply(q, k, v, known, c10::make_intrusive<EngineForm::Holder>(std::move(job)));
+  return Attention{results[0].view(v_in.sizes()), results[1]};
+}
+
+}  // namespace everlong::lightning
