@@ -238,12 +238,13 @@ LayerSpec spec_of(std::int64_t hidden, nlohmann::json settings, std::int64_t lay
   return spec;
 }
 std::shared_ptr<Mixer> make(const LayerSpec& spec) {
-  auto made = GatedLinearAttention::make(spec);
+  auto made = make_layer(spec);
   TORCH_CHECK(made.ok(), made.status().message());
   return std::move(made).value();
 }
 
-// Golden layers: what the published NormLinearAttention computes (tests/golden/README.md).
+// Golden layers: what the published NormLinearAttention and MiniMaxLightningAttention compute
+// (tests/golden/README.md).
 class GoldenLayer : public testing::TestWithParam<const char*> {};
 
 TEST_P(GoldenLayer, EqualsThePublishedCode) {
@@ -258,13 +259,15 @@ TEST_P(GoldenLayer, EqualsThePublishedCode) {
     return out;
   };
   const at::Tensor x = tensor("in.x").set_requires_grad(true);
+  const bool minimax = file->metadata().at("kind") == "minimax_lightning_layer";
   const auto mixer = make(spec_of(x.size(2),
-                                  {{"num_heads", params["n_heads"]},
+                                  {{"form", minimax ? "minimax" : "transnormer"},
+                                   {"num_heads", params["n_heads"]},
                                    {"head_dim", params["head_dim"]},
                                    {"slope_rule", params["slope_rule"]},
                                    {"activation", params["act"]},
                                    {"norm_eps", params["norm_eps"]},
-                                   {"lrpe", params["lrpe"].get<bool>() ? "all" : "none"}},
+                                   {"lrpe", params.value("lrpe", false) ? "all" : "none"}},
                                   params["layer_idx"], params["n_layers"]));
   mixer->to(at::kDouble);
   std::size_t weights = 0;
@@ -303,6 +306,21 @@ INSTANTIATE_TEST_SUITE_P(Tnl, GoldenLayer,
                          testing::Values("tnl_token_mixer__h4_b2_t21.safetensors",
                                          "tnl_token_mixer__lrpe_h2_cached_37_5.safetensors",
                                          "tnl_token_mixer__lrpe_h3_t19_layer0.safetensors"));
+INSTANTIATE_TEST_SUITE_P(
+    Minimax, GoldenLayer,
+    testing::Values("minimax_lightning_layer__h4_t42.safetensors",
+                    "minimax_lightning_layer__h4_t42_cached_37_5.safetensors",
+                    "minimax_lightning_layer__h3_t16_layer0.safetensors",
+                    "minimax_lightning_layer__h2_b2_t7_last_layer.safetensors"));
+
+// The norm of MiniMax-01's layer adds 1e-6 whatever the model's norms add.
+TEST(LightningLayer, MinimaxNormHasAnEpsilonOfItsOwn) {
+  LayerSpec spec = spec_of(32, {{"form", "minimax"}, {"num_heads", 2}});
+  spec.norm_eps = 1e-2;
+  EXPECT_EQ(LayerSettings::read(spec)->norm_eps, 1e-6);
+  spec.settings["form"] = "transnormer";
+  EXPECT_EQ(LayerSettings::read(spec)->norm_eps, 1e-2);
+}
 
 // LRPE makes products depend on distances only: a stream that starts late sees what one at 0 sees.
 // Trap: positions in fp32 stop moving at 2^24.
@@ -350,10 +368,21 @@ TEST(LightningLayer, StateIsFloat32UnderLowPrecisionWeights) {
   EXPECT_EQ(state->bytes(), state->bytes_bound(70));
 }
 
-TEST(LightningLayer, LrpeInTheFirstLayerOnly) {
-  const auto count = [](std::int64_t layer, const char* lrpe) {
+TEST(LightningLayer, SaysWhichPathRunsIt) {
+  for (const char* form : {"transnormer", "minimax"}) {
+    const auto mixer = make(spec_of(32, {{"form", form}, {"num_heads", 2}}));
+    EXPECT_EQ(mixer->path(at::kCPU), "cpu kernel") << form;
+    mixer->to(at::kDouble);
+    EXPECT_EQ(mixer->path(at::kCPU), "composite (ATen)") << form;
+  }
+}
+
+TEST(LightningLayer, LrpeInTheLayersThatTheSettingNames) {
+  const auto count = [](std::int64_t layer, const nlohmann::json& lrpe) {
     return make(spec_of(32, {{"num_heads", 2}, {"lrpe", lrpe}}, layer))->named_parameters().size();
   };
+  EXPECT_EQ(count(2, {0, 0, 1, 0}), 3U);
+  EXPECT_EQ(count(3, {0, 0, 1, 0}), 2U);
   EXPECT_EQ(count(0, "first_layer"), 3U);
   EXPECT_EQ(count(1, "first_layer"), 2U);
   EXPECT_EQ(count(1, "all"), 3U);
@@ -363,7 +392,7 @@ TEST(LightningLayer, LrpeInTheFirstLayerOnly) {
 TEST(LightningLayer, RefusesBadSettings) {
   const auto refused = [](std::int64_t hidden, const nlohmann::json& settings,
                           const std::string& expected) {
-    const auto made = GatedLinearAttention::make(spec_of(hidden, settings));
+    const auto made = make_layer(spec_of(hidden, settings));
     ASSERT_FALSE(made.ok()) << expected;
     EXPECT_NE(made.status().message().find(expected), std::string::npos) << made.status().message();
   };
@@ -371,10 +400,14 @@ TEST(LightningLayer, RefusesBadSettings) {
   refused(32, {{"num_heads", 0}}, "num_heads");
   refused(32, {{"slope_rule", "alibi_layr"}}, "Did you mean \"alibi_layer\"");
   refused(32, {{"lrpe", "last"}}, "lrpe");
+  refused(32, {{"lrpe", {1, 0}}}, "a list of 2 for 4 layers");
+  refused(32, {{"lrpe", {1, 0, 2, 0}}}, "lrpe");
+  refused(32, {{"form", "minimax"}, {"lrpe", "all"}}, "lrpe belongs to form");
+  refused(32, {{"form", "mini"}}, "form");
   refused(32, {{"activation", "gelu"}}, "activation");
   refused(32, {{"heads", 4}}, "heads is not a setting");
   refused(0, {}, "hidden_size");
-  EXPECT_TRUE(GatedLinearAttention::make(spec_of(30, {{"num_heads", 4}, {"head_dim", 8}})).ok());
+  EXPECT_TRUE(make_layer(spec_of(30, {{"num_heads", 4}, {"head_dim", 8}})).ok());
 }
 
 TEST(LightningLayer, RefusesAStrangersState) {

@@ -18,7 +18,8 @@ const Mechanism& mechanism() {
               {"slope_rule", "alibi_layer"},
               {"lrpe", "all"}};
     };
-    m.make_layer = &GatedLinearAttention::make;
+    m.register_schemas = &register_schemas;
+    m.make_layer = &make_layer;
     return m;
   }();
   return room;

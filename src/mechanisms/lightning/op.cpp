@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "mechanisms/lightning/op_cpu.h"
+#include "mechanisms/lightning/op_cuda.h"
 #include "mechanisms/lightning/op_part.h"
 
 namespace everlong::lightning {
@@ -179,12 +181,31 @@ Attention rows_or_packed(const Tensor& q, const Tensor& k, const Tensor& v, cons
   return {results[0], results[1]};
 }
 
+bool takes_cpu_kernel(const Tensor& q, const Tensor& k, const Tensor& v, Path path) {
+  if (path == Path::kComposite) return false;
+  const Status status = check_cpu_kernel(q, k, v);
+  if (path == Path::kCpu) throw_if_error(status);
+  return status.ok();
+}
+
 }  // namespace
+
+std::string_view path_taken(const Tensor& q, const Tensor& k, const Tensor& v, Path path) {
+  if (path == Path::kAuto &&
+      why_not_engine(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)).empty())
+    return "cuda";
+  return takes_cpu_kernel(q, k, v, path) ? "cpu" : "composite";
+}
 
 Attention decay_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                  const Decay& decay, at::IntArrayRef cu_seqlens,
-                                 const std::optional<Tensor>& state_in) {
+                                 const std::optional<Tensor>& state_in, Path path) {
   throw_if_error(check_arguments(q, k, v, decay, cu_seqlens, state_in));
+  const bool by_kernel = takes_cpu_kernel(q, k, v, path);
+  if (by_kernel && q.size(1) > 0)
+    return attention_by_cpu_kernel(q, k, v, decay, cu_seqlens, state_in);
+  if (path == Path::kAuto && q.is_cuda() && q.size(1) > 0)
+    if (const auto result = try_cuda(q, k, v, decay, cu_seqlens, state_in)) return *result;
   const std::int64_t N =
       cu_seqlens.empty() ? q.size(0) : static_cast<std::int64_t>(cu_seqlens.size()) - 1;
   const auto options = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);

@@ -1,5 +1,5 @@
-// Decayed linear attention on tensors: the composite form, in ATen operations, for any device and
-// floating dtype.
+// Decayed linear attention on tensors: the CPU kernel, and the composite form in ATen operations
+// for any device and floating dtype.
 //
 //   S_t = exp(-s_h) S_{t-1} + k_t v_t^T,   o_t = scale * S_t^T q_t
 //
@@ -8,11 +8,18 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 #include "mechanisms/lightning/op_decay.h"
 #include "ops/operator.h"
 
 namespace everlong::lightning {
+
+enum class Path {
+  kAuto,       // a kernel, CPU or CUDA, where one can run, otherwise the composite form
+  kComposite,  // ATen operations: any device and floating dtype
+  kCpu,        // the CPU kernel: fp32 and bf16, dims up to 256; refused elsewhere
+};
 
 struct Attention {
   at::Tensor o_BTHV;      // dtype of v
@@ -25,13 +32,19 @@ struct Attention {
 // update.
 //
 // Products accumulate in the state's dtype. Differentiable once in q, k, v and state; the backward
-// pass keeps q, k, v and one state a block. Throws c10::ValueError before any work when the
-// arguments do not fit. Thread safe. On CUDA it waits for nothing; packed lines and the first use
-// of a Decay copy small tables to the device.
+// pass keeps q, k, v and the first state, the composite form one state a block. Throws
+// c10::ValueError before any work when the arguments do not fit. Thread safe. On CUDA it waits for
+// nothing; packed lines and the first use of a Decay copy small tables to the device.
 Attention decay_linear_attention(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK,
                                  const at::Tensor& v_BTHV, const Decay& decay,
                                  at::IntArrayRef cu_seqlens = {},
-                                 const std::optional<at::Tensor>& state_NHKV = std::nullopt);
+                                 const std::optional<at::Tensor>& state_NHKV = std::nullopt,
+                                 Path path = Path::kAuto);
+
+// The path that decay_linear_attention takes for several of these tokens: "cpu", "cuda" (Hopper) or
+// "composite". One token without gradients takes a CUDA kernel on sm_80 as well.
+std::string_view path_taken(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK,
+                            const at::Tensor& v_BTHV, Path path = Path::kAuto);
 
 // The plain quadratic form in the dtype of the inputs, masks and sums included: the yardstick of
 // rounding. Autograd differentiates it. Same arguments.
@@ -47,5 +60,8 @@ Status check_arguments(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK, const
 // "decay_linear_attention" and "slopes", as the laws, golden_check and the benchmark see them.
 const Operator& attention_operator();
 const Operator& slopes_operator();
+
+// everlong::decay_linear_attention in torch's dispatcher. Once a process: registry.cpp.
+void register_schemas();
 
 }  // namespace everlong::lightning

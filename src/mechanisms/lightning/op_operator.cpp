@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "mechanisms/lightning/op.h"
+#include "mechanisms/lightning/op_cpu.h"
 #include "mechanisms/lightning/reference.h"
 
 namespace everlong::lightning {
@@ -119,6 +120,12 @@ Result<OpResult> run_reference(ReferenceForm form, const OpCall& call, const Arg
 using TensorForm = Attention (*)(const Tensor&, const Tensor&, const Tensor&, const Decay&,
                                  at::IntArrayRef, const std::optional<Tensor>&);
 
+template <Path path>
+Attention by_path(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& decay,
+                  at::IntArrayRef cu_seqlens, const std::optional<Tensor>& state) {
+  return decay_linear_attention(q, k, v, decay, cu_seqlens, state, path);
+}
+
 OpResult run_tensors(TensorForm form, OpCall call, const Decay& decay) {
   call.inputs.erase("slope");  // fixed: no gradient
   return run_by_autograd(call, [&](const TensorMap& inputs, const TensorMap& state) {
@@ -141,7 +148,10 @@ class AttentionOperator final : public Operator {
             {.name = "reference_chunked"},
             {.name = "reference_recurrent"},
             {.name = "naive", .cuda = true, .low_precision = true},
-            {.name = "composite", .cuda = true, .low_precision = true}};
+            {.name = "composite", .cuda = true, .low_precision = true},
+            {.name = "cpu", .low_precision = true, .float64 = false},
+            // what layers run on a GPU: the CUDA kernels where they fit
+            {.name = "auto", .cpu = false, .cuda = true, .low_precision = true}};
   }
 
   Result<OpResult> run(std::string_view form, const OpCall& call) const override {
@@ -150,10 +160,15 @@ class AttentionOperator final : public Operator {
     if (form == "reference_chunked") return run_reference(ReferenceForm::kChunked, call, a);
     if (form == "reference_recurrent") return run_reference(ReferenceForm::kRecurrent, call, a);
     if (form == "naive") return run_tensors(naive, call, *a.decay);
-    if (form == "composite") return run_tensors(decay_linear_attention, call, *a.decay);
+    if (form == "composite") return run_tensors(by_path<Path::kComposite>, call, *a.decay);
+    if (form == "cpu") {
+      EVERLONG_RETURN_IF_ERROR(check_cpu_kernel(a.q, a.k, a.v));
+      return run_tensors(by_path<Path::kCpu>, call, *a.decay);
+    }
+    if (form == "auto") return run_tensors(by_path<Path::kAuto>, call, *a.decay);
     return invalid_argument(
         "lightning: \"", form, "\" is not a form of ", kind(),
-        "; known: reference, reference_chunked, reference_recurrent, naive, composite");
+        "; known: reference, reference_chunked, reference_recurrent, naive, composite, cpu, auto");
   }
 
   OpCall sample(const OpShape& shape) const override {

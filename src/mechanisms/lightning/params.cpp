@@ -5,6 +5,8 @@
 #include <cmath>
 #include <string>
 
+#include "core/offsets.h"
+
 namespace everlong::lightning {
 namespace {
 
@@ -24,28 +26,6 @@ std::vector<double> alibi(std::int64_t heads) {
 
 double layer_factor(double layer, double denominator) {
   return denominator > 0 ? 1.0 - layer / denominator + kLayerOffset : 1.0 + kLayerOffset;
-}
-
-Status validate_offsets(const Shape& shape) {
-  const auto offsets = shape.cu_seqlens;
-  if (offsets.empty()) return {};
-  if (shape.batch != 1)
-    return invalid_argument("cu_seqlens is given with batch ", shape.batch,
-                            "; packed sequences lie on one line: reshape to [1, B*T, H, D]");
-  if (offsets.size() < 2)
-    return invalid_argument(
-        "cu_seqlens has 1 entry; N sequences need N+1 offsets, from 0 to the number of tokens");
-  if (offsets.front() != 0)
-    return invalid_argument("cu_seqlens[0] = ", offsets.front(),
-                            "; the first sequence must start at 0");
-  for (std::size_t i = 1; i < offsets.size(); ++i)
-    if (offsets[i] < offsets[i - 1])
-      return invalid_argument("cu_seqlens[", i, "] = ", offsets[i], " is below cu_seqlens[", i - 1,
-                              "] = ", offsets[i - 1], "; offsets must not decrease");
-  if (offsets.back() != shape.tokens)
-    return invalid_argument("cu_seqlens ends at ", offsets.back(), " but there are ", shape.tokens,
-                            " tokens; the last offset must be the number of tokens");
-  return {};
 }
 
 Status validate_values(const Shape& shape, std::span<const double> slope, double scale) {
@@ -135,7 +115,7 @@ Result<std::vector<double>> slopes(SlopeRule rule, std::int64_t heads, std::int6
 
 Status validate(const Shape& shape, std::span<const double> slope, double scale) {
   Status status = validate_sizes(shape);
-  if (status.ok()) status = validate_offsets(shape);
+  if (status.ok()) status = check_offsets(shape.cu_seqlens, shape.batch, shape.tokens);
   if (status.ok()) status = validate_values(shape, slope, scale);
   return status.at("lightning");
 }

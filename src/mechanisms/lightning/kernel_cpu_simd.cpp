@@ -1,0 +1,31 @@
+// Compiled once for every instruction set (Highway); run_sweep and run_step choose among them.
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "mechanisms/lightning/kernel_cpu.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "mechanisms/lightning/kernel_cpu_simd.cpp"
+#include <hwy/foreach_target.h>
+// After foreach_target.h:
+#include <hwy/highway.h>
+
+#include "mechanisms/lightning/kernel_cpu_pack-inl.h"
+#include "mechanisms/lightning/kernel_cpu_step-inl.h"
+#include "mechanisms/lightning/kernel_cpu_sweep-inl.h"
+#include "mechanisms/lightning/kernel_cpu_tiles-inl.h"
+
+#if HWY_ONCE
+namespace everlong::lightning::cpu {
+
+HWY_EXPORT(SweepAnyType);
+HWY_EXPORT(StepAnyType);
+
+void run_sweep(const Sweep& sweep, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(SweepAnyType)(sweep, scratch);
+}
+void run_step(const Step& step) { HWY_DYNAMIC_DISPATCH(StepAnyType)(step); }
+
+}  // namespace everlong::lightning::cpu
+#endif
