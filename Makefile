@@ -12,7 +12,7 @@ CUDA_CHOICE := $(if $(filter cuda asan,$(PRESET)),,-DEVERLONG_CUDA=$(EVERLONG_CU
 CONFIGURE := cmake --preset $(PRESET) $(CUDA_CHOICE) $(if $(LIBTORCH_ROOT),-DLIBTORCH_ROOT=$(LIBTORCH_ROOT))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup configure build test demo bench format lint clean
+.PHONY: help setup configure build test demo bench torch-library interop format lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,10 +37,14 @@ test: configure ## everything, then all tests but the slow and the GPU ones
 demo: build ## the tour: what the engine does, on this machine
 	@tools/demo $(ARGS)
 
-bench: configure ## benchmarks; ARGS="--help" lists the choices
-	@ls bench/*.cpp >/dev/null 2>&1 || { echo "make bench: there is no benchmark driver in bench/ yet" >&2; exit 1; }
-	@cmake --build $(BUILD) -j $(JOBS) --target everlong_bench
-	@$(BUILD)/bin/everlong_bench $(ARGS)
+bench: build ## every operator on the CPU beside its baselines; ARGS="--help" lists the choices
+	@bench/operators $(ARGS)
+
+torch-library: configure ## build/release/lib/libeverlong_torch.so: the operators for torch.ops.load_library
+	@cmake --build $(BUILD) -j $(JOBS) --target everlong_torch_ops
+
+interop: build ## what transformers makes of our model folders; downloads 3 GB into build/interop
+	@tools/interop $(BUILD)/bin/everlong
 
 format: setup ## format all sources in place
 	@tools/check_format --fix

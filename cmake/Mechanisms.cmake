@@ -46,12 +46,3 @@ foreach(mechanism ${mechanisms})
     endif()
   endforeach()
 endforeach()
-
-# The benchmark program: the driver and every case table.
-file(GLOB bench_driver CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/bench/*.cpp)
-file(GLOB_RECURSE bench_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/*_bench.cpp)
-if(bench_driver)
-  list(PREPEND bench_sources ${bench_driver})
-else()
-  set(bench_sources "")
-endif()

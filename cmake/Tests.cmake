@@ -59,6 +59,9 @@ foreach(source ${tests})
     endif()
   endif()
   add_test(NAME ${name} COMMAND ${name})
+  if(name MATCHES "_cuda(_[a-z0-9_]+)?_test$")  # these skip themselves where there is no GPU
+    set(label gpu)
+  endif()
   everlong_set_test(${name} ${label})
 endforeach()
 
@@ -74,7 +77,7 @@ if(conformance)
   everlong_set_test(conformance_slow slow)
   set_tests_properties(conformance_slow PROPERTIES TIMEOUT 1800)
   if(NOT EXISTS /proc/driver/nvidia/version)
-    set_tests_properties(conformance_gpu PROPERTIES DISABLED ON)
+    set_tests_properties(conformance_gpu conformance_slow PROPERTIES DISABLED ON)
   endif()
 endif()
 
@@ -83,6 +86,18 @@ file(GLOB_RECURSE golden CONFIGURE_DEPENDS tests/golden/*.safetensors)
 if(golden AND TARGET golden_check)
   add_test(NAME golden COMMAND golden_check ${PROJECT_SOURCE_DIR}/tests/golden)
   everlong_set_test(golden golden)
+endif()
+
+# What transformers makes of our folders: in the Python environment of `make interop`, where that was made.
+if(TARGET everlong)
+  set(interop_python ${PROJECT_SOURCE_DIR}/build/interop/bin/python)
+  add_test(NAME transformers COMMAND ${interop_python} ${PROJECT_SOURCE_DIR}/tests/integration/transformers_test.py
+                                     $<TARGET_FILE:everlong> ${PROJECT_SOURCE_DIR}/tests/golden)
+  everlong_set_test(transformers interop)
+  if(NOT EXISTS ${PROJECT_SOURCE_DIR}/build/interop/everlong.stamp)
+    set_tests_properties(transformers PROPERTIES DISABLED ON)
+    message(STATUS "Test 'transformers' is disabled: its Python packages are not there; `make interop` gets them")
+  endif()
 endif()
 
 add_test(NAME check_layers COMMAND ${PROJECT_SOURCE_DIR}/tools/check_layers)

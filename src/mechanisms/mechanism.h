@@ -33,6 +33,7 @@ struct Mechanism {
   std::string carries;  // what goes from token to token, in a few words
   std::vector<Lack> lacks;
   std::vector<const Operator*> operators;
+  void (*register_schemas)() = nullptr;  // its operators in torch's dispatcher; none: not there
 
   // Settings that make a small valid layer of this width: what the laws and the scaffolding use.
   nlohmann::json (*example_settings)(std::int64_t hidden_size) = nullptr;
@@ -44,6 +45,9 @@ struct Mechanism {
 };
 
 std::span<const Mechanism* const> mechanisms();
+// Puts the operators of all rooms into torch's dispatcher, namespace "everlong". Again: no effect.
+// Thread safe.
+void register_torch_operators();
 // The room of that name, or a message that lists the names and guesses.
 Result<const Mechanism*> find_mechanism(std::string_view name);
 

@@ -25,6 +25,14 @@ std::span<const Mechanism* const> mechanisms() {
   return kRooms;
 }
 
+void register_torch_operators() {
+  [[maybe_unused]] static const bool kOnce = [] {
+    for (const Mechanism* room : mechanisms())
+      if (room->register_schemas != nullptr) room->register_schemas();
+    return true;
+  }();
+}
+
 Result<const Mechanism*> find_mechanism(std::string_view name) {
   std::vector<std::string> names;
   for (const Mechanism* room : mechanisms()) {
