@@ -43,7 +43,8 @@ Violations layer_ragged(const LayerCase& layer,
                         at::Device device);  // 2, sequences of different lengths
 Violations state_stays_in_bound(const LayerCase& layer, at::Device device);  // 3
 Violations state_goes_on(const LayerCase& layer,
-                         at::Device device);  // 6: restore, fork, reset; 8 for states
+                         at::Device device);             // 6: restore, fork, reset; 8 for states
+Violations settings_are_checked(const Mechanism& room);  // 8
 Violations layer_past_ignores_future(const LayerCase& layer,
                                      at::Device device);  // 10; NaN stays in its sequence
 

@@ -256,6 +256,30 @@ Violations state_goes_on(const LayerCase& layer, at::Device device) {
   return broken;
 }
 
+Violations settings_are_checked(const Mechanism& room) {
+  Violations broken;
+  LayerSpec spec;
+  spec.hidden_size = kWidth;
+  spec.num_layers = 4;
+  spec.layer_index = 1;
+  const auto settings = room.example_settings(kWidth);
+  const auto expect_refusal = [&](const std::string& key, const nlohmann::json& value) {
+    spec.settings = settings;
+    spec.settings[key] = value;
+    const auto made = room.make_layer(spec);
+    const std::string shown = cat(room.name, ": the setting ", key, " = ", value.dump());
+    if (made.ok())
+      broken.push_back(shown + " is taken");
+    else if (made.status().message().find(key) == std::string::npos)
+      broken.push_back(shown + " is refused without its name: " + made.status().message());
+  };
+  expect_refusal("no_such_setting", 1);
+  // No setting is a table of tables, whatever its type.
+  for (const auto& [key, value] : settings.items())
+    expect_refusal(key, {{"not", {{"a", "setting"}}}});
+  return broken;
+}
+
 Violations layer_past_ignores_future(const LayerCase& layer, at::Device device) {
   Violations broken;
   const at::NoGradGuard no_grad;

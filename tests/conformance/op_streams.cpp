@@ -146,6 +146,14 @@ Violations packed_is_one_by_one(const Operator& op, at::Device device) {
           broken.push_back(
               cat(label(op, run, shape), ": sequence ", n, " alone gives another ", name));
       }
+      for (const auto& [name, t] : single->state) {
+        const auto part = packed->state.at(name).narrow(0, n, 1);
+        // A buffer may be longer beside others; the tokens that follow test what counts.
+        if (part.sizes() == t.sizes() &&
+            !(test::relative_error(part, t) <= tolerance::split_of(run.dtype)))
+          broken.push_back(
+              cat(label(op, run, shape), ": sequence ", n, " alone ends in another state ", name));
+      }
     }
     // A NaN in one sequence is that sequence's own misfortune.
     OpCall spoiled = call;
@@ -164,6 +172,14 @@ Violations packed_is_one_by_one(const Operator& op, at::Device device) {
       if (!test::same_bits(healthy(t), healthy(packed->out.at(name))))
         broken.push_back(cat(label(op, run, shape), ": a NaN in sequence 3 changed ", name,
                              " of other sequences"));
+    }
+    for (const auto& [name, t] : sick->state) {
+      const auto healthy = [&](const at::Tensor& all) {
+        return at::cat({all.narrow(0, 0, 3), all.narrow(0, 4, sequences - 4)});
+      };
+      if (!test::same_bits(healthy(t), healthy(packed->state.at(name))))
+        broken.push_back(cat(label(op, run, shape), ": a NaN in sequence 3 changed the state ",
+                             name, " of other sequences"));
     }
   }
   return broken;

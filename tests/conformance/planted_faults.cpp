@@ -108,6 +108,26 @@ TEST(PlantedFaults, Law2CatchesANaNThatTravelsThroughTimesZero) {
                                      at::kCPU));
 }
 
+TEST(PlantedFaults, Law2CatchesANaNInANeighboursState) {
+  expect_caught(packed_is_one_by_one(FaultyOperator(nullptr,
+                                                    [](const OpCall& call, OpResult& result) {
+                                                      if (call.cu_seqlens.empty()) return;
+                                                      at::Tensor& s = result.state.at("S");
+                                                      s = s + at::sum(s, {0}, true) * 0;
+                                                    }),
+                                     at::kCPU));
+}
+
+TEST(PlantedFaults, Law8CatchesSettingsThatNobodyChecks) {
+  Mechanism careless = *find_mechanism("lightning").value();
+  careless.make_layer = [](const LayerSpec& spec) {
+    LayerSpec ignored = spec;
+    ignored.settings = find_mechanism("lightning").value()->example_settings(spec.hidden_size);
+    return find_mechanism("lightning").value()->make_layer(ignored);
+  };
+  expect_caught(settings_are_checked(careless));
+}
+
 TEST(PlantedFaults, Law4CatchesAGradientWithoutTheScale) {
   expect_caught(gradients_agree(FaultyOperator(nullptr,
                                                [](const OpCall& call, OpResult& result) {
