@@ -76,7 +76,7 @@ function(everlong_cuda_objects name architectures sources)
     return()
   endif()
   add_library(${name} OBJECT ${sources})
-  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_RUNTIME_LIBRARY Shared)
+  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_RUNTIME_LIBRARY Shared POSITION_INDEPENDENT_CODE ON)
   target_compile_definitions(${name} PRIVATE EVERLONG_WITH_CUDA=1)
   # 554: nvcc warns of a conversion to itself that a class template has in one of its instances.
   target_compile_options(${name} PRIVATE --expt-relaxed-constexpr --diag-suppress=554 -Xcompiler=-Wall,-Wextra)
