@@ -113,8 +113,9 @@ std::int64_t column_parts(std::int64_t sweeps, std::int64_t cols, int threads) {
   std::int64_t best = 1;
   double best_time = std::numeric_limits<double>::infinity();
   for (std::int64_t parts = 1; parts <= most; ++parts) {
-    const auto rounds = static_cast<double>((sweeps * parts + threads - 1) / threads);
-    const double time = rounds * (kScoresAgain + (1 - kScoresAgain) / static_cast<double>(parts));
+    const std::int64_t rounds = (sweeps * parts + threads - 1) / threads;
+    const double time = static_cast<double>(rounds) *
+                        (kScoresAgain + (1 - kScoresAgain) / static_cast<double>(parts));
     if (time < best_time * 0.95) best = parts, best_time = time;
   }
   return best;

@@ -23,7 +23,7 @@ enum class Update {
 // add up: after 30 chunks what it multiplied is gone.
 constexpr double kLongMemory = 0.03;
 
-// A chunk's operands in the workspace. Columns of v, S and o are cut into panels (PackPanels).
+// A chunk's operands in the workspace. Columns of v, S and o are cut into panels (pack_panels).
 struct Chunk {
   std::int64_t tokens, key_dim;
   const float* q;       // [tokens, kQueryStride]
@@ -45,20 +45,20 @@ struct ScoreTiles {
   const Chunk& c;
   std::int64_t first_col;
   template <int kRows>
-  HWY_INLINE void Run(std::int64_t i0) const {
+  HWY_INLINE void run(std::int64_t i0) const {
     if (i0 + kRows <= first_col) return;
     if (kVectors == 2 && i0 + kRows <= first_col + kWidth)
-      ScoreTiles<1>{c, first_col}.template Compute<kRows>(i0);
+      ScoreTiles<1>{c, first_col}.template compute<kRows>(i0);
     else
-      Compute<kRows>(i0);
+      compute<kRows>(i0);
   }
   template <int kRows>
-  HWY_INLINE void Compute(std::int64_t i0) const {
+  HWY_INLINE void compute(std::int64_t i0) const {
     const Tag d;
     const hn::RebindToSigned<Tag> di;
     Tile<kRows, kVectors> tile;
-    SetZero(tile);
-    Accumulate<kRows, kVectors>(c.q + i0 * kQueryStride, kQueryStride, 1, c.k_cols + first_col,
+    set_zero(tile);
+    accumulate<kRows, kVectors>(c.q + i0 * kQueryStride, kQueryStride, 1, c.k_cols + first_col,
                                 kChunk, c.key_dim, tile);
     const Vec scale = hn::Set(d, c.score_scale);
     for (int i = 0; i < kRows; ++i) {
@@ -86,16 +86,16 @@ struct OutputTiles {
   T* o;
   std::int64_t o_stride, cols;
   template <int kRows>
-  HWY_INLINE void Run(std::int64_t i0) const {
+  HWY_INLINE void run(std::int64_t i0) const {
     Tile<kRows, kVectors> tile;
-    SetZero(tile);
-    ahead.Work(kRows * (c.key_dim + i0));
+    set_zero(tile);
+    ahead.advance(kRows * (c.key_dim + i0));
     if (c.has_state) {
       if (across == nullptr)
-        Accumulate<kRows, kVectors>(c.q + i0 * kQueryStride, kQueryStride, 1, state,
+        accumulate<kRows, kVectors>(c.q + i0 * kQueryStride, kQueryStride, 1, state,
                                     kVectors * kWidth, c.key_dim, tile);
       else
-        LoadTile(across + i0 * across_stride, across_stride, tile);
+        load_tile(across + i0 * across_stride, across_stride, tile);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         const Vec a = hn::Set(Tag(), c.cross[-(i0 + i)] * c.cross_scale);
@@ -103,14 +103,14 @@ struct OutputTiles {
         for (int x = 0; x < kVectors; ++x) tile.sum[i][x] = hn::Mul(tile.sum[i][x], a);
       }
     }
-    Accumulate<kRows, kVectors>(c.scores + i0 * kScoreStride, kScoreStride, 1, v, kVectors * kWidth,
+    accumulate<kRows, kVectors>(c.scores + i0 * kScoreStride, kScoreStride, 1, v, kVectors * kWidth,
                                 i0 + kRows, tile);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int x = 0; x < kVectors; ++x)
-        StoreSome(tile.sum[i][x], o + (i0 + i) * o_stride + x * kWidth, cols - x * kWidth,
-                  c.stream);
+        store_some(tile.sum[i][x], o + (i0 + i) * o_stride + x * kWidth, cols - x * kWidth,
+                   c.stream);
   }
 };
 
@@ -122,12 +122,12 @@ struct StateTiles {
   const float* v;
   float* state;
   template <int kRows>
-  HWY_INLINE void Run(std::int64_t i0) const {
+  HWY_INLINE void run(std::int64_t i0) const {
     const Tag d;
     Tile<kRows, kVectors> tile;
-    SetZero(tile);
-    ahead.Work(kRows * c.tokens);
-    Accumulate<kRows, kVectors>(c.k_rows + i0, 1, c.k_stride, v, kVectors * kWidth, c.tokens, tile);
+    set_zero(tile);
+    ahead.advance(kRows * c.tokens);
+    accumulate<kRows, kVectors>(c.k_rows + i0, 1, c.k_stride, v, kVectors * kWidth, c.tokens, tile);
     float* s = state + i0 * kVectors * kWidth;
     const Vec factor = hn::Set(d, c.factor);
 #pragma GCC unroll 16
@@ -154,58 +154,58 @@ struct AcrossTiles {
   Ahead& ahead;
   float* out;
   template <int kRows>
-  HWY_INLINE void Run(std::int64_t i0) const {
+  HWY_INLINE void run(std::int64_t i0) const {
     Tile<kRows, kVectors> tile;
-    SetZero(tile);
-    ahead.Work(kRows * value_dim);
+    set_zero(tile);
+    ahead.advance(kRows * value_dim);
     for (std::int64_t panel = 0; panel < value_dim; panel += kPanel) {
       const float *s = state + panel * key_dim, *u = u_cols + panel * kChunk + col;
       const std::int64_t depth = HWY_MIN(kPanel, value_dim - panel);
       if (depth > kWidth)
-        Accumulate<kRows, kVectors>(s + i0 * kPanel, kPanel, 1, u, kChunk, depth, tile);
+        accumulate<kRows, kVectors>(s + i0 * kPanel, kPanel, 1, u, kChunk, depth, tile);
       else
-        Accumulate<kRows, kVectors>(s + i0 * kWidth, kWidth, 1, u, kChunk, depth, tile);
+        accumulate<kRows, kVectors>(s + i0 * kWidth, kWidth, 1, u, kChunk, depth, tile);
     }
-    StoreTile(tile, out + i0 * kChunk + col, kChunk);
+    store_tile(tile, out + i0 * kChunk + col, kChunk);
   }
 };
 
 // One panel of columns of o, then of S.
 template <int kVectors, class T>
-HWY_NOINLINE void RunPanel(const Chunk& c, Ahead& ahead, const float* v, float* state, T* o,
-                           std::int64_t o_stride, std::int64_t cols) {
+HWY_NOINLINE void run_panel(const Chunk& c, Ahead& ahead, const float* v, float* state, T* o,
+                            std::int64_t o_stride, std::int64_t cols) {
   if (o != nullptr)
-    ForEachTile(c.tokens,
-                OutputTiles<kVectors, T>{c, ahead, v, state, nullptr, 0, o, o_stride, cols});
-  if (c.update != Update::kNone) ForEachTile(c.key_dim, StateTiles<kVectors>{c, ahead, v, state});
+    for_each_tile(c.tokens,
+                  OutputTiles<kVectors, T>{c, ahead, v, state, nullptr, 0, o, o_stride, cols});
+  if (c.update != Update::kNone) for_each_tile(c.key_dim, StateTiles<kVectors>{c, ahead, v, state});
 }
 
 // One panel of columns of p.
 template <int kVectors, class T>
-HWY_NOINLINE void RunPanelAcross(const Chunk& c, Ahead& ahead, const float* v, const float* across,
-                                 std::int64_t across_stride, T* p, std::int64_t p_stride,
-                                 std::int64_t cols) {
-  ForEachTile(c.tokens, OutputTiles<kVectors, T>{c, ahead, v, nullptr, across, across_stride, p,
-                                                 p_stride, cols});
+HWY_NOINLINE void run_panel_across(const Chunk& c, Ahead& ahead, const float* v,
+                                   const float* across, std::int64_t across_stride, T* p,
+                                   std::int64_t p_stride, std::int64_t cols) {
+  for_each_tile(c.tokens, OutputTiles<kVectors, T>{c, ahead, v, nullptr, across, across_stride, p,
+                                                   p_stride, cols});
 }
 
-inline HWY_NOINLINE void ComputeAcross(const float* state, const float* u_cols, std::int64_t tokens,
-                                       std::int64_t key_dim, std::int64_t value_dim, Ahead& ahead,
-                                       float* out) {
+inline HWY_NOINLINE void compute_across(const float* state, const float* u_cols,
+                                        std::int64_t tokens, std::int64_t key_dim,
+                                        std::int64_t value_dim, Ahead& ahead, float* out) {
   for (std::int64_t col = 0; col < tokens; col += kPanel) {
     if (tokens - col > kWidth)
-      ForEachTile(key_dim, AcrossTiles<2>{state, u_cols, key_dim, value_dim, col, ahead, out});
+      for_each_tile(key_dim, AcrossTiles<2>{state, u_cols, key_dim, value_dim, col, ahead, out});
     else
-      ForEachTile(key_dim, AcrossTiles<1>{state, u_cols, key_dim, value_dim, col, ahead, out});
+      for_each_tile(key_dim, AcrossTiles<1>{state, u_cols, key_dim, value_dim, col, ahead, out});
   }
 }
 
-inline HWY_NOINLINE void ComputeScores(const Chunk& c) {
+inline HWY_NOINLINE void compute_scores(const Chunk& c) {
   for (std::int64_t col = 0; col < c.tokens; col += kPanel) {
     if (c.tokens - col > kWidth)
-      ForEachTile(c.tokens, ScoreTiles<2>{c, col});
+      for_each_tile(c.tokens, ScoreTiles<2>{c, col});
     else
-      ForEachTile(c.tokens, ScoreTiles<1>{c, col});
+      for_each_tile(c.tokens, ScoreTiles<1>{c, col});
   }
 }
 

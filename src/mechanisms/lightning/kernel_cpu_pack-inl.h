@@ -13,7 +13,7 @@ namespace everlong::lightning::cpu {
 namespace HWY_NAMESPACE {
 
 template <class T>
-HWY_INLINE Rows<const T> As(const Rows<const void>& rows, std::int64_t first) {
+HWY_INLINE Rows<const T> rows_as(const Rows<const void>& rows, std::int64_t first) {
   return {static_cast<const T*>(rows.data) + first * rows.stride, rows.stride};
 }
 
@@ -22,18 +22,18 @@ HWY_INLINE Rows<const T> As(const Rows<const void>& rows, std::int64_t first) {
 // prefetcher follows; many rows at once would fill the miss buffers and stop the products' loads.
 class Ahead {
  public:
-  // work: what the calls of Work() will add up to, at least.
+  // work: what the calls of advance() will add up to, at least.
   template <class T>
   HWY_INLINE Ahead(const Sweep& s, std::int64_t first, std::int64_t work, T) {
-    if (s.o.data != nullptr) Add<T>(s.q, first, s.key_dim);
-    Add<T>(s.k, first, s.key_dim);
-    Add<T>(s.v, first, s.value_dim);
-    if (s.p.data != nullptr) Add<T>(s.u, first, s.value_dim);
+    if (s.o.data != nullptr) add_rows<T>(s.q, first, s.key_dim);
+    add_rows<T>(s.k, first, s.key_dim);
+    add_rows<T>(s.v, first, s.value_dim);
+    if (s.p.data != nullptr) add_rows<T>(s.u, first, s.value_dim);
     left_ = count_ * HWY_MIN(kChunk, s.tokens - first);
     work_per_row_ = left_ == 0 ? work : work / left_;
   }
 
-  HWY_INLINE void Work(std::int64_t amount) {
+  HWY_INLINE void advance(std::int64_t amount) {
     credit_ += amount;
     for (; credit_ >= work_per_row_ && left_ > 0; credit_ -= work_per_row_, --left_) {
       Rows<const char>& row = rows_[next_];
@@ -45,9 +45,9 @@ class Ahead {
 
  private:
   template <class T>
-  HWY_INLINE void Add(const Rows<const void>& rows, std::int64_t first, std::int64_t cols) {
+  HWY_INLINE void add_rows(const Rows<const void>& rows, std::int64_t first, std::int64_t cols) {
     constexpr auto kSize = static_cast<std::int64_t>(sizeof(T));
-    const Rows<const T> typed = As<T>(rows, first);
+    const Rows<const T> typed = rows_as<T>(rows, first);
     rows_[count_] = {reinterpret_cast<const char*>(typed.data), typed.stride * kSize};
     bytes_[count_++] = cols * kSize;
   }
@@ -59,22 +59,22 @@ class Ahead {
 
 // [rows, cols] -> [rows, to_stride].
 template <class T>
-void PackRows(const Rows<const T>& from, std::int64_t rows, std::int64_t cols, float* to,
-              std::int64_t to_stride) {
+void pack_rows(const Rows<const T>& from, std::int64_t rows, std::int64_t cols, float* to,
+               std::int64_t to_stride) {
   const Tag d;
   for (std::int64_t r = 0; r < rows; ++r, to += to_stride) {
     const T* row = from.data + r * from.stride;
     std::int64_t c = 0;
-    for (; c + kWidth <= cols; c += kWidth) hn::Store(LoadAs(d, row + c), d, to + c);
-    for (; c < cols; ++c) to[c] = LoadOne(row + c);
+    for (; c + kWidth <= cols; c += kWidth) hn::Store(load_as(d, row + c), d, to + c);
+    for (; c < cols; ++c) to[c] = load_one(row + c);
   }
 }
 
 // [rows, cols] -> panels of columns, each [capacity, kPanel] or, the last, [capacity, kWidth]. What
 // fills up the last vector is zero.
 template <class T>
-void PackPanels(const Rows<const T>& from, std::int64_t rows, std::int64_t cols, float* to,
-                std::int64_t capacity) {
+void pack_panels(const Rows<const T>& from, std::int64_t rows, std::int64_t cols, float* to,
+                 std::int64_t capacity) {
   const Tag d;
   for (std::int64_t r = 0; r < rows; ++r) {
     const T* row = from.data + r * from.stride;
@@ -83,10 +83,10 @@ void PackPanels(const Rows<const T>& from, std::int64_t rows, std::int64_t cols,
       float* out = to + panel * capacity + r * width;
       for (std::int64_t c = panel; c < HWY_MIN(panel + width, cols); c += kWidth, out += kWidth) {
         if (c + kWidth <= cols) {
-          hn::Store(LoadAs(d, row + c), d, out);
+          hn::Store(load_as(d, row + c), d, out);
         } else {
           for (std::int64_t i = 0; i < kWidth; ++i)
-            out[i] = c + i < cols ? LoadOne(row + c + i) : 0.0F;
+            out[i] = c + i < cols ? load_one(row + c + i) : 0.0F;
         }
       }
     }
@@ -94,7 +94,7 @@ void PackPanels(const Rows<const T>& from, std::int64_t rows, std::int64_t cols,
 }
 
 // [rows, cols] -> [cols, rows], with these strides.
-HWY_INLINE void Transpose(const float* from, std::int64_t from_stride, std::int64_t rows,
+HWY_INLINE void transpose(const float* from, std::int64_t from_stride, std::int64_t rows,
                           std::int64_t cols, float* to, std::int64_t to_stride) {
   std::int64_t r = 0;
 #if HWY_TARGET != HWY_SCALAR
@@ -125,8 +125,8 @@ HWY_INLINE void Transpose(const float* from, std::int64_t from_stride, std::int6
 }
 
 // Row r times weight[r] * scale; cols may run into the padding of a row.
-HWY_INLINE void WeighRows(float* rows, std::int64_t stride, std::int64_t count, std::int64_t cols,
-                          const float* weight, float scale) {
+HWY_INLINE void weigh_rows(float* rows, std::int64_t stride, std::int64_t count, std::int64_t cols,
+                           const float* weight, float scale) {
   const Tag d;
   for (std::int64_t r = 0; r < count; ++r, rows += stride) {
     const Vec w = hn::Set(d, weight[r] * scale);

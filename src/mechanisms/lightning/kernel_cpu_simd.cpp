@@ -19,13 +19,13 @@
 #if HWY_ONCE
 namespace everlong::lightning::cpu {
 
-HWY_EXPORT(SweepAnyType);
-HWY_EXPORT(StepAnyType);
+HWY_EXPORT(sweep_any_type);
+HWY_EXPORT(step_any_type);
 
 void run_sweep(const Sweep& sweep, float* scratch) {
-  HWY_DYNAMIC_DISPATCH(SweepAnyType)(sweep, scratch);
+  HWY_DYNAMIC_DISPATCH(sweep_any_type)(sweep, scratch);
 }
-void run_step(const Step& step) { HWY_DYNAMIC_DISPATCH(StepAnyType)(step); }
+void run_step(const Step& step) { HWY_DYNAMIC_DISPATCH(step_any_type)(step); }
 
 }  // namespace everlong::lightning::cpu
 #endif

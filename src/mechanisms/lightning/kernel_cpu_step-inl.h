@@ -18,7 +18,7 @@ namespace HWY_NAMESPACE {
 // half an ulp, comes from the bits of both numbers: same input, same bits. An update of zero
 // changes nothing.
 template <class D>
-HWY_INLINE hn::Vec<D> AddDithered(D d, hn::Vec<D> old, hn::Vec<D> update) {
+HWY_INLINE hn::Vec<D> add_dithered(D d, hn::Vec<D> old, hn::Vec<D> update) {
   const hn::RebindToUnsigned<D> du;
   const auto old_bits = hn::BitCast(du, old), update_bits = hn::BitCast(du, update);
   const auto mixed = hn::Mul(hn::Xor(hn::Add(old_bits, hn::ShiftLeft<9>(old_bits)), update_bits),
@@ -35,18 +35,18 @@ HWY_INLINE hn::Vec<D> AddDithered(D d, hn::Vec<D> old, hn::Vec<D> update) {
 
 // Columns [col, col + kVectors lanes). S + (lost S + k v), as in the chunks: see Update::kAdd.
 template <int kVectors, bool kDither, class D, class T>
-HWY_INLINE void StepColumns(D d, const Step& s, std::int64_t col) {
+HWY_INLINE void step_columns(D d, const Step& s, std::int64_t col) {
   using V = hn::Vec<D>;
   const std::int64_t width = static_cast<std::int64_t>(hn::Lanes(d));
   const T *q = static_cast<const T*>(s.q), *k = static_cast<const T*>(s.k);
   V v[kVectors], sum[kVectors];
   for (int x = 0; x < kVectors; ++x) {
-    v[x] = LoadAs(d, static_cast<const T*>(s.v) + col + x * width);
+    v[x] = load_as(d, static_cast<const T*>(s.v) + col + x * width);
     sum[x] = hn::Zero(d);
   }
   const V lost = hn::Set(d, s.lost);
   for (std::int64_t i = 0; i < s.key_dim; ++i) {
-    const V k_i = hn::Set(d, LoadOne(k + i)), q_i = hn::Set(d, LoadOne(q + i));
+    const V k_i = hn::Set(d, load_one(k + i)), q_i = hn::Set(d, load_one(q + i));
     const float* in = s.state_in == nullptr ? nullptr : s.state_in + i * s.in_stride + col;
     float* out = s.state_out == nullptr ? nullptr : s.state_out + i * s.out_stride + col;
     for (int x = 0; x < kVectors; ++x) {
@@ -54,7 +54,7 @@ HWY_INLINE void StepColumns(D d, const Step& s, std::int64_t col) {
       if (in != nullptr) {
         const V old = hn::LoadU(d, in + x * width), update = hn::MulAdd(old, lost, next);
         if constexpr (kDither)
-          next = AddDithered(d, old, update);
+          next = add_dithered(d, old, update);
         else
           next = hn::Add(old, update);
       }
@@ -63,28 +63,28 @@ HWY_INLINE void StepColumns(D d, const Step& s, std::int64_t col) {
     }
   }
   for (int x = 0; x < kVectors; ++x)
-    StoreAs(d, hn::Mul(sum[x], hn::Set(d, s.scale)), static_cast<T*>(s.o) + col + x * width);
+    store_as(d, hn::Mul(sum[x], hn::Set(d, s.scale)), static_cast<T*>(s.o) + col + x * width);
 }
 
 template <bool kDither, class T>
-void StepToken(const Step& s) {
+void step_token(const Step& s) {
   // Whole rows where the registers hold them: memory is then read in one line.
   constexpr int kMany = 8;
   const Tag d;
   const hn::CappedTag<float, 1> one;
   std::int64_t col = 0;
   for (; col + kMany * kWidth <= s.value_dim; col += kMany * kWidth)
-    StepColumns<kMany, kDither, Tag, T>(d, s, col);
+    step_columns<kMany, kDither, Tag, T>(d, s, col);
   for (; col + 2 * kWidth <= s.value_dim; col += 2 * kWidth)
-    StepColumns<2, kDither, Tag, T>(d, s, col);
-  for (; col + kWidth <= s.value_dim; col += kWidth) StepColumns<1, kDither, Tag, T>(d, s, col);
-  for (; col < s.value_dim; ++col) StepColumns<1, kDither, decltype(one), T>(one, s, col);
+    step_columns<2, kDither, Tag, T>(d, s, col);
+  for (; col + kWidth <= s.value_dim; col += kWidth) step_columns<1, kDither, Tag, T>(d, s, col);
+  for (; col < s.value_dim; ++col) step_columns<1, kDither, decltype(one), T>(one, s, col);
 }
 
-void StepAnyType(const Step& step) {
+void step_any_type(const Step& step) {
   const bool wide = step.dtype == DType::kFloat32;
-  const auto run = step.dither ? (wide ? &StepToken<true, float> : &StepToken<true, BFloat16>)
-                               : (wide ? &StepToken<false, float> : &StepToken<false, BFloat16>);
+  const auto run = step.dither ? (wide ? &step_token<true, float> : &step_token<true, BFloat16>)
+                               : (wide ? &step_token<false, float> : &step_token<false, BFloat16>);
   run(step);
 }
 

@@ -17,8 +17,8 @@ namespace HWY_NAMESPACE {
 // S between its own layout and the panels: visit(row, first column, columns, numbers in the panel
 // and their capacity).
 template <class Visit>
-HWY_INLINE void ForEachRowOfPanels(std::int64_t key_dim, std::int64_t value_dim, float* panels,
-                                   const Visit& visit) {
+HWY_INLINE void for_each_row_of_panels(std::int64_t key_dim, std::int64_t value_dim, float* panels,
+                                       const Visit& visit) {
   for (std::int64_t panel = 0; panel < value_dim; panel += kPanel) {
     const std::int64_t width = value_dim - panel > kWidth ? kPanel : kWidth;
     for (std::int64_t row = 0; row < key_dim; ++row, panels += width)
@@ -26,9 +26,9 @@ HWY_INLINE void ForEachRowOfPanels(std::int64_t key_dim, std::int64_t value_dim,
   }
 }
 
-HWY_INLINE void LoadState(const Sweep& s, float* state) {
+HWY_INLINE void load_state(const Sweep& s, float* state) {
   const Matrix<const float> in = s.state_in;
-  ForEachRowOfPanels(
+  for_each_row_of_panels(
       s.key_dim, s.value_dim, state,
       [&](std::int64_t row, std::int64_t col, std::int64_t count, float* to, std::int64_t width) {
         std::memset(to, 0, static_cast<std::size_t>(width) * sizeof(float));
@@ -41,17 +41,18 @@ HWY_INLINE void LoadState(const Sweep& s, float* state) {
       });
 }
 
-HWY_INLINE void StoreState(const Sweep& s, float* state) {
+HWY_INLINE void store_state(const Sweep& s, float* state) {
   const Matrix<float> out = s.state_out;
-  ForEachRowOfPanels(s.key_dim, s.value_dim, state,
-                     [&](std::int64_t row, std::int64_t col, std::int64_t count, const float* from,
-                         std::int64_t /*width*/) {
-                       float* to = out.data + row * out.row_stride + col * out.col_stride;
-                       if (out.col_stride == 1)
-                         std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
-                       else
-                         for (std::int64_t c = 0; c < count; ++c) to[c * out.col_stride] = from[c];
-                     });
+  for_each_row_of_panels(s.key_dim, s.value_dim, state,
+                         [&](std::int64_t row, std::int64_t col, std::int64_t count,
+                             const float* from, std::int64_t /*width*/) {
+                           float* to = out.data + row * out.row_stride + col * out.col_stride;
+                           if (out.col_stride == 1)
+                             std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
+                           else
+                             for (std::int64_t c = 0; c < count; ++c)
+                               to[c * out.col_stride] = from[c];
+                         });
 }
 
 // One thread's workspace, cut up. The second half serves p.
@@ -72,36 +73,37 @@ struct Buffers {
 
 // p of one chunk, before S moves on. `c` is o's chunk; k_rows are not weighed yet.
 template <class T>
-void RunAcross(const Sweep& s, std::int64_t first, const Chunk& c, const Buffers& b, Ahead& ahead) {
+void run_across(const Sweep& s, std::int64_t first, const Chunk& c, const Buffers& b,
+                Ahead& ahead) {
   const std::int64_t m = c.tokens, K = s.key_dim, V = s.value_dim;
   Chunk mine = c;
   mine.key_dim = V, mine.q = b.u, mine.k_cols = b.v_cols, mine.scores = b.u_scores;
   mine.stream = s.stream_p;
   // u's buffer holds v until v_cols are made.
-  PackRows(As<T>(s.v, first), m, V, b.u, kQueryStride);
-  Transpose(b.u, kQueryStride, m, V, b.v_cols, kChunk);
-  PackRows(As<T>(s.u, first), m, V, b.u, kQueryStride);
-  PackPanels(Rows<const float>{b.k_rows, c.k_stride}, m, K, b.k, kChunk);
-  ComputeScores(mine);
+  pack_rows(rows_as<T>(s.v, first), m, V, b.u, kQueryStride);
+  transpose(b.u, kQueryStride, m, V, b.v_cols, kChunk);
+  pack_rows(rows_as<T>(s.u, first), m, V, b.u, kQueryStride);
+  pack_panels(Rows<const float>{b.k_rows, c.k_stride}, m, K, b.k, kChunk);
+  compute_scores(mine);
   if (c.has_state) {
-    Transpose(b.u, kQueryStride, m, V, b.u_cols, kChunk);
-    ComputeAcross(b.state, b.u_cols, m, K, V, ahead, b.across_cols);
-    Transpose(b.across_cols, kChunk, K, m, b.across, c.k_stride);
+    transpose(b.u, kQueryStride, m, V, b.u_cols, kChunk);
+    compute_across(b.state, b.u_cols, m, K, V, ahead, b.across_cols);
+    transpose(b.across_cols, kChunk, K, m, b.across, c.k_stride);
   }
   for (std::int64_t panel = 0; panel < K; panel += kPanel) {
     T* p = static_cast<T*>(s.p.data) + first * s.p.stride + panel;
-    const auto run = K - panel > kWidth ? &RunPanelAcross<2, T> : &RunPanelAcross<1, T>;
+    const auto run = K - panel > kWidth ? &run_panel_across<2, T> : &run_panel_across<1, T>;
     run(mine, ahead, b.k + panel * kChunk, b.across + panel, c.k_stride, p, s.p.stride, K - panel);
   }
 }
 
 template <class T>
-void SweepTokens(const Sweep& s, float* scratch) {
+void sweep_tokens(const Sweep& s, float* scratch) {
   const std::int64_t K = s.key_dim, V = s.value_dim, k_stride = padded(K);
   const bool given = s.state_in.data != nullptr, with_o = s.o.data != nullptr,
              with_p = s.p.data != nullptr;
   const Buffers b(scratch, K, V);
-  if (given || s.tokens == 0) LoadState(s, b.state);
+  if (given || s.tokens == 0) load_state(s, b.state);
 
   for (std::int64_t first = 0; first < s.tokens; first += kChunk) {
     const std::int64_t m = HWY_MIN(kChunk, s.tokens - first);
@@ -127,32 +129,32 @@ void SweepTokens(const Sweep& s, float* scratch) {
                                                                 : Update::kFactor,
                   .factor = static_cast<float>(add ? std::expm1(exponent) : std::exp(exponent))};
     Ahead ahead(s, first + m, (V + kPanel - 1) / kPanel * (with_o ? 2 : 1) * m * K, T());
-    PackRows(As<T>(s.k, first), m, K, b.k_rows, k_stride);
-    PackPanels(As<T>(s.v, first), m, V, b.v, kChunk);
+    pack_rows(rows_as<T>(s.k, first), m, K, b.k_rows, k_stride);
+    pack_panels(rows_as<T>(s.v, first), m, V, b.v, kChunk);
     if (with_o) {
-      PackRows(As<T>(s.q, first), m, K, b.q, kQueryStride);
-      Transpose(b.k_rows, k_stride, m, K, b.k_cols, kChunk);
-      ComputeScores(c);
+      pack_rows(rows_as<T>(s.q, first), m, K, b.q, kQueryStride);
+      transpose(b.k_rows, k_stride, m, K, b.k_cols, kChunk);
+      compute_scores(c);
     }
-    if (with_p) RunAcross<T>(s, first, c, b, ahead);
+    if (with_p) run_across<T>(s, first, c, b, ahead);
     // w_j = exp(-s (m - lead - j)): by the chunk's true length.
     if (c.update != Update::kNone)
-      WeighRows(b.k_rows, k_stride, m, K, s.decays + kChunk - (m - s.lead), s.update_scale);
+      weigh_rows(b.k_rows, k_stride, m, K, s.decays + kChunk - (m - s.lead), s.update_scale);
     for (std::int64_t panel = 0; panel < V; panel += kPanel) {
       T* o = with_o ? static_cast<T*>(s.o.data) + first * s.o.stride + panel : nullptr;
-      const auto run = V - panel > kWidth ? &RunPanel<2, T> : &RunPanel<1, T>;
+      const auto run = V - panel > kWidth ? &run_panel<2, T> : &run_panel<1, T>;
       run(c, ahead, b.v + panel * kChunk, b.state + panel * K, o, s.o.stride, V - panel);
     }
   }
   if (s.stream_o || s.stream_p) hwy::FlushStream();
-  if (s.state_out.data != nullptr) StoreState(s, b.state);
+  if (s.state_out.data != nullptr) store_state(s, b.state);
 }
 
-void SweepAnyType(const Sweep& sweep, float* scratch) {
+void sweep_any_type(const Sweep& sweep, float* scratch) {
   if (sweep.dtype == DType::kFloat32)
-    SweepTokens<float>(sweep, scratch);
+    sweep_tokens<float>(sweep, scratch);
   else
-    SweepTokens<BFloat16>(sweep, scratch);
+    sweep_tokens<BFloat16>(sweep, scratch);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -24,17 +24,17 @@ constexpr std::int64_t kPanel = 2 * kWidth;  // columns of a panel
 using BFloat16 = std::uint16_t;  // its bits
 
 template <class D>
-HWY_INLINE hn::Vec<D> LoadAs(D d, const float* from) {
+HWY_INLINE hn::Vec<D> load_as(D d, const float* from) {
   return hn::LoadU(d, from);
 }
 template <class D>
-HWY_INLINE hn::Vec<D> LoadAs(D d, const BFloat16* from) {
+HWY_INLINE hn::Vec<D> load_as(D d, const BFloat16* from) {
   const hn::Rebind<std::uint16_t, D> du16;
   const hn::RebindToUnsigned<D> du32;
   return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du32, hn::LoadU(du16, from))));
 }
-HWY_INLINE float LoadOne(const float* from) { return *from; }
-HWY_INLINE float LoadOne(const BFloat16* from) {
+HWY_INLINE float load_one(const float* from) { return *from; }
+HWY_INLINE float load_one(const BFloat16* from) {
   const std::uint32_t bits = static_cast<std::uint32_t>(*from) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -42,12 +42,12 @@ HWY_INLINE float LoadOne(const BFloat16* from) {
 }
 
 template <class D>
-HWY_INLINE void StoreAs(D d, hn::Vec<D> value, float* to) {
+HWY_INLINE void store_as(D d, hn::Vec<D> value, float* to) {
   hn::StoreU(value, d, to);
 }
 // To nearest, ties to even; NaN stays NaN.
 template <class D>
-HWY_INLINE void StoreAs([[maybe_unused]] D d, hn::Vec<D> value, BFloat16* to) {
+HWY_INLINE void store_as([[maybe_unused]] D d, hn::Vec<D> value, BFloat16* to) {
   const hn::Rebind<std::uint16_t, D> du16;
   const hn::RebindToUnsigned<D> du32;
   const hn::RebindToSigned<D> di32;
@@ -62,7 +62,7 @@ HWY_INLINE void StoreAs([[maybe_unused]] D d, hn::Vec<D> value, BFloat16* to) {
 // The first `count` of a vector's numbers. stream: `to` is a vector's own and will not be read
 // soon, so it need not be fetched into the cache first.
 template <class T>
-HWY_INLINE void StoreSome(Vec value, T* to, std::int64_t count, [[maybe_unused]] bool stream) {
+HWY_INLINE void store_some(Vec value, T* to, std::int64_t count, [[maybe_unused]] bool stream) {
   if (count >= kWidth) {
     if constexpr (sizeof(T) == sizeof(float)) {
       if (stream) {
@@ -70,11 +70,11 @@ HWY_INLINE void StoreSome(Vec value, T* to, std::int64_t count, [[maybe_unused]]
         return;
       }
     }
-    StoreAs(Tag(), value, to);
+    store_as(Tag(), value, to);
     return;
   }
   HWY_ALIGN T all[kWidth];
-  StoreAs(Tag(), value, all);
+  store_as(Tag(), value, all);
   for (std::int64_t i = 0; i < count; ++i) to[i] = all[i];
 }
 
@@ -84,7 +84,7 @@ struct Tile {
 };
 
 template <int kRows, int kVectors>
-HWY_INLINE void SetZero(Tile<kRows, kVectors>& tile) {
+HWY_INLINE void set_zero(Tile<kRows, kVectors>& tile) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -92,7 +92,7 @@ HWY_INLINE void SetZero(Tile<kRows, kVectors>& tile) {
 }
 
 template <int kRows, int kVectors>
-HWY_INLINE void LoadTile(const float* from, std::int64_t stride, Tile<kRows, kVectors>& tile) {
+HWY_INLINE void load_tile(const float* from, std::int64_t stride, Tile<kRows, kVectors>& tile) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -100,7 +100,7 @@ HWY_INLINE void LoadTile(const float* from, std::int64_t stride, Tile<kRows, kVe
       tile.sum[i][v] = hn::Load(Tag(), from + i * stride + v * kWidth);
 }
 template <int kRows, int kVectors>
-HWY_INLINE void StoreTile(const Tile<kRows, kVectors>& tile, float* to, std::int64_t stride) {
+HWY_INLINE void store_tile(const Tile<kRows, kVectors>& tile, float* to, std::int64_t stride) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
@@ -111,7 +111,7 @@ HWY_INLINE void StoreTile(const Tile<kRows, kVectors>& tile, float* to, std::int
 // tile += A B over `depth`. A number of A is a[i * row + l * step], rows of B lie b_stride apart.
 // row or step is a constant at every call.
 template <int kRows, int kVectors>
-HWY_INLINE void Accumulate(const float* HWY_RESTRICT a, std::int64_t row, std::int64_t step,
+HWY_INLINE void accumulate(const float* HWY_RESTRICT a, std::int64_t row, std::int64_t step,
                            const float* HWY_RESTRICT b, std::int64_t b_stride, std::int64_t depth,
                            Tile<kRows, kVectors>& tile) {
   const Tag d;
@@ -130,13 +130,13 @@ HWY_INLINE void Accumulate(const float* HWY_RESTRICT a, std::int64_t row, std::i
   }
 }
 
-// Calls body.template Run<rows>(first row) for tiles that cover [0, rows).
+// Calls body.template run<rows>(first row) for tiles that cover [0, rows).
 template <class Body>
-HWY_INLINE void ForEachTile(std::int64_t rows, const Body& body) {
+HWY_INLINE void for_each_tile(std::int64_t rows, const Body& body) {
   std::int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) body.template Run<kTileRows>(i);
-  for (; i + 2 <= rows; i += 2) body.template Run<2>(i);
-  if (i < rows) body.template Run<1>(i);
+  for (; i + kTileRows <= rows; i += kTileRows) body.template run<kTileRows>(i);
+  for (; i + 2 <= rows; i += 2) body.template run<2>(i);
+  if (i < rows) body.template run<1>(i);
 }
 
 }  // namespace HWY_NAMESPACE
