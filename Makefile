@@ -15,7 +15,7 @@ CONFIGURE := cmake --preset $(PRESET) $(CUDA_CHOICE) $(if $(LIBTORCH_ROOT),-DLIB
 .PHONY: help setup configure build test demo bench torch-library interop format lint clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@sed -n 's/^#   /  /p' Makefile
 
 setup: ## install Debian packages and LibTorch (asks for sudo if needed); quick when all is there
