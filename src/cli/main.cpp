@@ -92,6 +92,7 @@ void build(Command& program, Globals& globals) {
 
 int main(int argc, char** argv) {
   everlong::cli::wait_asleep(argc, argv);
+  everlong::keep_freed_memory();
   everlong::cli::Globals globals;
   return everlong::cli::run_program(
       argc, argv, [&](everlong::cli::Command& program) { everlong::cli::build(program, globals); });

@@ -10,8 +10,8 @@
 namespace everlong {
 namespace {
 
-constexpr int kWarmUpFeeds = 16;
-constexpr std::size_t kRecentFeeds = 16;  // of which `observed` is the median
+constexpr int kWarmUpFeeds = 32;
+constexpr std::size_t kRecentFeeds = 16;  // what a mark tells of: those before it
 constexpr double kWindowGrowth = 1.1;     // 24 windows a decade
 
 // Feeds the tokens one way or the other and waits for the device.
@@ -53,10 +53,27 @@ std::int64_t take_resident_peak() {
   return reset_resident_peak() ? peak : resident_bytes();
 }
 
-StreamingMark mark_here(const Stream& stream, std::vector<double> recent, at::Device device) {
+// The last feeds, the same number at every mark: the highest of more would be higher by itself.
+class Recent {
+ public:
+  void add(double value) {
+    values_.push_back(value);
+    if (values_.size() > kRecentFeeds) values_.erase(values_.begin());
+  }
+  bool empty() const { return values_.empty(); }
+  double median() const { return spread(values_).median; }
+  double most() const { return *std::ranges::max_element(values_); }
+
+ private:
+  std::vector<double> values_;
+};
+
+StreamingMark mark_here(const Stream& stream, const Recent& speeds, const Recent& resident,
+                        at::Device device) {
   StreamingMark mark;
   mark.tokens = stream.position();
-  mark.observed = spread(std::move(recent)).median;
+  mark.observed = speeds.median();
+  mark.resident_bytes = static_cast<std::int64_t>(resident.most());
   mark.state_bytes = stream.state_bytes();
   mark.state_bytes_bound = stream.state_bytes_bound();
   if (const auto memory = device_memory(device)) mark.device_bytes = memory->allocated;
@@ -86,23 +103,22 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
   EVERLONG_RETURN_IF_ERROR(source.read(0, ids));
   const std::vector<std::int32_t> first_feed = ids;
   stream.reset();
-  // Before the warm-up, so that the first mark holds whole feeds like every other: its own may be
-  // cut short and needs less.
+  Recent speeds, resident;
   reset_resident_peak();
   {
     // Several feeds: the allocator grows to its working size over the first ones, and that would
-    // look like memory that grows with the text.
+    // look like memory that grows with the text. They count at the marks that come sooner than
+    // kRecentFeeds: the first feeds are cut short there and would need less.
     Stream warm_up = stream.clone();
     for (int i = 0; i < kWarmUpFeeds; ++i) {
       EVERLONG_ASSIGN(const auto ignored, advance(warm_up, first_feed, options.score, device));
+      resident.add(static_cast<double>(take_resident_peak()));
     }
   }
 
   PositionBuckets buckets;
   std::vector<Stream> copies;
-  std::vector<double> recent;
   StreamingWindow window;
-  std::int64_t resident = 0;  // the most since the last mark
   std::size_t next_mark = 0;
   const Stopwatch all;
   for (std::int64_t done = 0; done < options.tokens;) {
@@ -116,25 +132,24 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
     const double seconds = watch.seconds();
     if (options.score) buckets.add(done, ids, log_probabilities, tokenizer);
     // Feeds cut short by a mark pay their fixed cost over few tokens: they say little about speed.
-    if (end - done == options.feed || recent.empty())
-      recent.push_back(static_cast<double>(end - done) / seconds);
-    if (recent.size() > kRecentFeeds) recent.erase(recent.begin());
+    if (end - done == options.feed || speeds.empty())
+      speeds.add(static_cast<double>(end - done) / seconds);
+    const std::int64_t peak = take_resident_peak();
+    resident.add(static_cast<double>(peak));
     done = end;
 
     window.end = done;
     window.seconds += seconds;
+    window.resident_bytes = std::max(window.resident_bytes, peak);
     const bool at_mark = next_mark < marks.size() && done == marks[next_mark];
     if (at_mark || done == options.tokens ||
         static_cast<double>(done) >= kWindowGrowth * static_cast<double>(window.begin)) {
       window.state_bytes = stream.state_bytes();
-      window.resident_bytes = take_resident_peak();
-      resident = std::max(resident, window.resident_bytes);
       report.windows.push_back(window);
       window = StreamingWindow{.begin = done};
     }
     if (at_mark) {
-      report.marks.push_back(mark_here(stream, recent, device));
-      report.marks.back().resident_bytes = std::exchange(resident, 0);
+      report.marks.push_back(mark_here(stream, speeds, resident, device));
       if (options.rounds > 0) copies.push_back(stream.clone());
       ++next_mark;
     }
@@ -144,8 +159,8 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
   report.buckets = buckets.buckets();
   report.total = buckets.total();
   if (!copies.empty()) {
-    EVERLONG_ASSIGN(const auto speeds, time_in_turns(copies, first_feed, options, device));
-    for (std::size_t i = 0; i < speeds.size(); ++i) report.marks[i].speed = speeds[i];
+    EVERLONG_ASSIGN(const auto in_turns, time_in_turns(copies, first_feed, options, device));
+    for (std::size_t i = 0; i < in_turns.size(); ++i) report.marks[i].speed = in_turns[i];
   }
   return report;
 }

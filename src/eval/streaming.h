@@ -25,8 +25,7 @@ struct StreamingMark {
   double observed =
       0;  // tokens a second as it streamed: median over the last feeds before the mark
   std::int64_t state_bytes = 0, state_bytes_bound = 0;
-  std::int64_t resident_bytes =
-      0;  // the most since the mark before: between feeds it goes up and down
+  std::int64_t resident_bytes = 0;  // the most during the last 16 feeds: it goes up and down
   std::optional<std::int64_t> device_bytes;
 };
 
@@ -47,7 +46,7 @@ struct StreamingReport {
 };
 
 // Resets the stream and feeds it the first `tokens` tokens of the source. Marks beyond them are
-// left out. One feed of a throw-away copy comes first, so that buffers exist before memory is
+// left out. Feeds of a throw-away copy come first, so that buffers exist before memory is
 // compared.
 Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& source,
                                           const Tokenizer& tokenizer,

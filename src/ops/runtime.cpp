@@ -6,11 +6,16 @@
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <torch/headeronly/version.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <mutex>
+#include <tuple>
 
 #include "core/dtype.h"
 
@@ -145,6 +150,17 @@ int threads() { return at::get_num_threads(); }
 void synchronize(at::Device device) {
   if (device.is_cpu()) return;
   c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+}
+
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  constexpr int kMost = 32 << 20;  // of M_MMAP_THRESHOLD: glibc refuses more
+  for (const auto& [name, parameter, value] :
+       {std::tuple("MALLOC_ARENA_MAX", M_ARENA_MAX, 1),
+        {"MALLOC_MMAP_THRESHOLD_", M_MMAP_THRESHOLD, kMost},
+        {"MALLOC_TRIM_THRESHOLD_", M_TRIM_THRESHOLD, 256 << 20}})
+    if (std::getenv(name) == nullptr) ::mallopt(parameter, value);
+#endif
 }
 
 std::int64_t resident_bytes() { return status_kilobytes("VmRSS:") * 1024; }

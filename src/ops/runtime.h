@@ -38,6 +38,12 @@ int threads();
 // Waits until the device has done all it was given. Nothing to do on the CPU.
 void synchronize(at::Device device);
 
+// The C library's allocator keeps what is freed, in one pool for all threads, instead of handing
+// large blocks back to the system and taking them anew (page faults were a third of the time of a
+// stream, docs/benchmarks.md). For programs, before they compute; settings that the user has made
+// in the environment (MALLOC_*) stay.
+void keep_freed_memory();
+
 std::int64_t resident_bytes();       // VmRSS of this process
 std::int64_t peak_resident_bytes();  // VmHWM: the most since the start, or since the last reset
 // Starts the peak anew. False where the system does not allow it; then the old peak stands.

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "mechanisms/lightning/kernel.h"
+#include "ops/kernel_call.h"
 #include "ops/parallel.h"
 
 namespace everlong::lightning {
@@ -13,41 +14,9 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <class View, class Pointer>
-View view_of(const Tensor& x, Pointer data) {
-  View view;
-  view.data = data;
-  view.dtype = x.scalar_type() == at::kFloat ? DType::kFloat32 : DType::kBFloat16;
-  for (std::size_t i = 0; i < view.sizes.size(); ++i) {
-    view.sizes[i] = x.size(static_cast<std::int64_t>(i));
-    view.strides[i] = x.stride(static_cast<std::int64_t>(i));
-  }
-  return view;
+std::int64_t workspace_bytes(const Tensor& q, const Tensor& v, int threads) {
+  return static_cast<std::int64_t>(cpu::workspace_bytes(q.size(2), q.size(3), v.size(3), threads));
 }
-ConstTensorView input(const Tensor& x) {
-  return x.defined() ? view_of<ConstTensorView>(x, x.const_data_ptr()) : ConstTensorView();
-}
-TensorView output(const Tensor& x) {
-  return x.defined() ? view_of<TensorView>(x, x.mutable_data_ptr()) : TensorView();
-}
-
-Tensor with_plain_rows(const Tensor& x) {
-  return !x.defined() || x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
-}
-
-class Workspace {
- public:
-  Workspace(const Tensor& q, const Tensor& v, int threads)
-      : memory_(at::empty({static_cast<std::int64_t>(
-                              cpu::workspace_bytes(q.size(2), q.size(3), v.size(3), threads))},
-                          at::kByte)) {}
-  std::span<std::byte> bytes() const {
-    return {static_cast<std::byte*>(memory_.mutable_data_ptr()), memory_.nbytes()};
-  }
-
- private:
-  Tensor memory_;
-};
 
 struct Call {
   Decay decay;
@@ -62,12 +31,12 @@ Attention run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const Attention result{
       at::empty(v.sizes(), v.options()),
       at::empty({N, q.size(2), q.size(3), v.size(3)}, q.options().dtype(at::kFloat))};
-  const cpu::ForwardArgs args{.q_BTHK = input(q),
-                              .k_BTHK = input(k),
-                              .v_BTHV = input(v),
-                              .o_BTHV = output(result.o_BTHV),
-                              .state_NHKV = call.has_state ? input(state) : ConstTensorView(),
-                              .state_out_NHKV = output(result.state_NHKV),
+  const cpu::ForwardArgs args{.q_BTHK = input_view(q),
+                              .k_BTHK = input_view(k),
+                              .v_BTHV = input_view(v),
+                              .o_BTHV = output_view(result.o_BTHV),
+                              .state_NHKV = call.has_state ? input_view(state) : ConstTensorView(),
+                              .state_out_NHKV = output_view(result.state_NHKV),
                               .cu_seqlens = call.cu_seqlens,
                               .slope = call.decay.slope(),
                               .scale = call.decay.scale()};
@@ -75,56 +44,50 @@ Attention run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const T
   if (q.size(1) == 1 && call.cu_seqlens.empty()) {
     throw_if_error(cpu::step(args, executor));
   } else {
-    const Workspace workspace(q, v, executor.threads());
+    const Workspace workspace(workspace_bytes(q, v, executor.threads()));
     throw_if_error(cpu::forward(args, workspace.bytes(), executor));
   }
   return result;
 }
 
 struct KernelFunction : torch::autograd::Function<KernelFunction> {
-  struct Holder : torch::CustomClassHolder {
-    explicit Holder(Call call_in) : call(std::move(call_in)) {}
-    Call call;
-  };
-
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
-                               const Tensor& v, const Tensor& state,
-                               const c10::intrusive_ptr<Holder>& holder) {
-    const Attention result = run_forward(q, k, v, state, holder->call);
+                               const Tensor& v, const Tensor& state, const Call& call) {
+    const Attention result = run_forward(q, k, v, state, call);
     ctx->save_for_backward({q, k, v, state});
-    ctx->saved_data["call"] = c10::IValue::make_capsule(holder);
+    ctx->saved_data["call"] = hold(call);
     ctx->set_materialize_grads(false);
     return {result.o_BTHV, result.state_NHKV};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto capsule = ctx->saved_data["call"].toCapsule();
-    const Call& call = static_cast<const Holder&>(*capsule).call;
+    const Call call = held<Call>(ctx->saved_data["call"]);
     const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &state = saved[3];
     const Tensor grad_o = with_plain_rows(grads[0].defined() ? grads[0] : at::zeros_like(v));
     const Tensor grad_state = with_plain_rows(grads[1]);
     variable_list out(5);
     const auto wanted = [&](std::size_t index, const Tensor& like) {
       if (ctx->needs_input_grad(index)) out[index] = at::empty(like.sizes(), like.options());
-      return output(out[index]);
+      return output_view(out[index]);
     };
     const Executor& executor = torch_executor();
-    const Workspace workspace(q, v, executor.threads());
-    throw_if_error(cpu::backward({.q_BTHK = input(q),
-                                  .k_BTHK = input(k),
-                                  .v_BTHV = input(v),
-                                  .state_NHKV = call.has_state ? input(state) : ConstTensorView(),
-                                  .grad_o_BTHV = input(grad_o),
-                                  .grad_state_NHKV = input(grad_state),
-                                  .grad_q_BTHK = wanted(0, q),
-                                  .grad_k_BTHK = wanted(1, k),
-                                  .grad_v_BTHV = wanted(2, v),
-                                  .grad_state_in_NHKV = wanted(3, state),
-                                  .cu_seqlens = call.cu_seqlens,
-                                  .slope = call.decay.slope(),
-                                  .scale = call.decay.scale()},
-                                 workspace.bytes(), executor));
+    const Workspace workspace(workspace_bytes(q, v, executor.threads()));
+    throw_if_error(
+        cpu::backward({.q_BTHK = input_view(q),
+                       .k_BTHK = input_view(k),
+                       .v_BTHV = input_view(v),
+                       .state_NHKV = call.has_state ? input_view(state) : ConstTensorView(),
+                       .grad_o_BTHV = input_view(grad_o),
+                       .grad_state_NHKV = input_view(grad_state),
+                       .grad_q_BTHK = wanted(0, q),
+                       .grad_k_BTHK = wanted(1, k),
+                       .grad_v_BTHV = wanted(2, v),
+                       .grad_state_in_NHKV = wanted(3, state),
+                       .cu_seqlens = call.cu_seqlens,
+                       .slope = call.decay.slope(),
+                       .scale = call.decay.scale()},
+                      workspace.bytes(), executor));
     return out;
   }
 };
@@ -148,13 +111,12 @@ Attention attention_by_cpu_kernel(const Tensor& q_in, const Tensor& k_in, const 
   const Tensor q = with_plain_rows(q_in), k = with_plain_rows(k_in), v = with_plain_rows(v_in);
   const Tensor state = state_in.has_value() ? with_plain_rows(state_in->to(at::kFloat))
                                             : at::empty({0}, q.options().dtype(at::kFloat));
-  Call call{decay, cu_seqlens.vec(), state_in.has_value()};
+  const Call call{decay, cu_seqlens.vec(), state_in.has_value()};
   const bool differentiate =
       at::GradMode::is_enabled() &&
       (q.requires_grad() || k.requires_grad() || v.requires_grad() || state.requires_grad());
   if (!differentiate) return run_forward(q, k, v, state, call);
-  const auto results = KernelFunction::apply(
-      q, k, v, state, c10::make_intrusive<KernelFunction::Holder>(std::move(call)));
+  const auto results = KernelFunction::apply(q, k, v, state, call);
   return {results[0], results[1]};
 }
 

@@ -7,6 +7,7 @@
 #include "mechanisms/lightning/op.h"
 #include "mechanisms/lightning/op_cpu.h"
 #include "mechanisms/lightning/reference.h"
+#include "ops/reference_call.h"
 
 namespace everlong::lightning {
 namespace {
@@ -17,14 +18,6 @@ constexpr std::int64_t kReferenceChunk = 64;
 // Beyond this length the reference takes its chunk form: the quadratic one would need minutes, and
 // they agree to 1e-12.
 constexpr std::int64_t kLongestParallel = 2048;
-
-std::vector<double> to_vector(const Tensor& t) {
-  const Tensor flat = t.detach().to(at::kCPU, at::kDouble).contiguous();
-  return {flat.data_ptr<double>(), flat.data_ptr<double>() + flat.numel()};
-}
-Tensor to_tensor(const std::vector<double>& values, at::IntArrayRef sizes) {
-  return at::tensor(values, at::kDouble).view(sizes);
-}
 
 // The tensors of a call by name, present and of a sensible kind; the rest is check_arguments'
 // business.
@@ -55,7 +48,7 @@ Result<Arguments> arguments_of(const OpCall& call) {
   Arguments a{call.inputs.at("q"), call.inputs.at("k"), call.inputs.at("v"), std::nullopt,
               std::nullopt};
   if (call.state.contains("S")) a.state = call.state.at("S");
-  a.decay.emplace(to_vector(slope), scale == call.params.end() ? 1.0 : scale->get<double>());
+  a.decay.emplace(to_doubles(slope), scale == call.params.end() ? 1.0 : scale->get<double>());
   EVERLONG_RETURN_IF_ERROR(check_arguments(a.q, a.k, a.v, *a.decay, call.cu_seqlens, a.state));
   return a;
 }
@@ -63,11 +56,9 @@ Result<Arguments> arguments_of(const OpCall& call) {
 enum class ReferenceForm { kParallel, kChunked, kRecurrent };
 
 Result<OpResult> run_reference(ReferenceForm form, const OpCall& call, const Arguments& a) {
-  if (a.q.scalar_type() != at::kDouble || !a.q.device().is_cpu())
-    return unsupported("lightning: the reference takes fp64 on the CPU; q is ", a.q.scalar_type(),
-                       " on ", a.q.device());
-  const auto q = to_vector(a.q), k = to_vector(a.k), v = to_vector(a.v);
-  const auto state = a.state.has_value() ? to_vector(*a.state) : std::vector<double>();
+  EVERLONG_RETURN_IF_ERROR(require_reference_input(a.q, "lightning", "reference"));
+  const auto q = to_doubles(a.q), k = to_doubles(a.k), v = to_doubles(a.v);
+  const auto state = a.state.has_value() ? to_doubles(*a.state) : std::vector<double>();
   const reference::Input in{.shape = {.batch = a.q.size(0),
                                       .tokens = a.q.size(1),
                                       .heads = a.q.size(2),
@@ -89,31 +80,22 @@ Result<OpResult> run_reference(ReferenceForm form, const OpCall& call, const Arg
                                       ? reference::chunked(in, kReferenceChunk)
                                       : reference::recurrent(in));
   OpResult result;
-  result.out["o"] = to_tensor(out.o_BTHV, a.v.sizes());
-  result.state["S"] = to_tensor(out.state_NHKV, states);
+  result.out["o"] = from_doubles(out.o_BTHV, a.v.sizes());
+  result.state["S"] = from_doubles(out.state_NHKV, states);
   if (call.grad_out.empty()) return result;
 
-  const auto incoming = [&](const char* name,
-                            at::IntArrayRef sizes) -> Result<std::vector<double>> {
-    const auto found = call.grad_out.find(name);
-    if (found == call.grad_out.end()) return std::vector<double>();
-    if (found->second.sizes() != sizes)
-      return invalid_argument("lightning: grad_out of ", name, " has shape ", found->second.sizes(),
-                              "; ", sizes, " is needed");
-    return to_vector(found->second);
-  };
-  EVERLONG_ASSIGN(const auto grad_o, incoming("o", a.v.sizes()));
-  EVERLONG_ASSIGN(const auto grad_state, incoming("state.S", states));
+  EVERLONG_ASSIGN(const auto grad_o, incoming_gradient(call, "o", a.v.sizes(), "lightning"));
+  EVERLONG_ASSIGN(const auto grad_state, incoming_gradient(call, "state.S", states, "lightning"));
   EVERLONG_ASSIGN(const auto grad,
                   form == ReferenceForm::kParallel
                       ? reference::parallel_gradient(in, grad_o, grad_state)
                   : form == ReferenceForm::kChunked
                       ? reference::chunked_gradient(in, kReferenceChunk, grad_o, grad_state)
                       : reference::recurrent_gradient(in, grad_o, grad_state));
-  result.grad["q"] = to_tensor(grad.q_BTHK, a.q.sizes());
-  result.grad["k"] = to_tensor(grad.k_BTHK, a.k.sizes());
-  result.grad["v"] = to_tensor(grad.v_BTHV, a.v.sizes());
-  if (a.state.has_value()) result.grad["state.S"] = to_tensor(grad.state_NHKV, states);
+  result.grad["q"] = from_doubles(grad.q_BTHK, a.q.sizes());
+  result.grad["k"] = from_doubles(grad.k_BTHK, a.k.sizes());
+  result.grad["v"] = from_doubles(grad.v_BTHV, a.v.sizes());
+  if (a.state.has_value()) result.grad["state.S"] = from_doubles(grad.state_NHKV, states);
   return result;
 }
 
@@ -188,12 +170,10 @@ class AttentionOperator final : public Operator {
     auto slope = slopes(SlopeRule::kAlibi, shape.heads, 0, 1);
     if (slope.ok() && shape.heads >= 3) slope->front() = 8.0, slope->back() = 0.0;
     call.inputs["slope"] = at::tensor(slope.ok() ? *slope : std::vector<double>(), at::kDouble);
-    const std::int64_t N = shape.cu_seqlens.empty()
-                               ? shape.batch
-                               : static_cast<std::int64_t>(shape.cu_seqlens.size()) - 1;
     if (shape.initial_state)
       call.state["S"] =
-          at::randn({N, shape.heads, shape.key_dim, shape.value_dim}, generator, at::kDouble);
+          at::randn({sequences_of(shape), shape.heads, shape.key_dim, shape.value_dim}, generator,
+                    at::kDouble);
     return call;
   }
 
@@ -292,8 +272,7 @@ class AttentionOperator final : public Operator {
     // A step costs the same after any number of tokens.
     const std::int64_t tokens = pass == "step" ? 1 : shape.tokens;
     const double rows = static_cast<double>(shape.batch * tokens * shape.heads);
-    const double N =
-        static_cast<double>(shape.cu_seqlens.empty() ? shape.batch : shape.cu_seqlens.size() - 1);
+    const auto N = static_cast<double>(sequences_of(shape));
     const double state = 2 * N * static_cast<double>(shape.heads) * K * V *
                          static_cast<double>(element_bytes > 4 ? 8 : 4);
     const auto size = static_cast<double>(element_bytes);
@@ -340,7 +319,7 @@ class SlopesOperator final : public Operator {
     }
     OpResult result;
     result.out["slope"] =
-        to_tensor(values, {static_cast<std::int64_t>(layers.size()), heads.get<std::int64_t>()});
+        from_doubles(values, {static_cast<std::int64_t>(layers.size()), heads.get<std::int64_t>()});
     return result;
   }
 

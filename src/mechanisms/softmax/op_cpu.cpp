@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "mechanisms/softmax/kernel.h"
+#include "ops/kernel_call.h"
 #include "ops/operator.h"
 #include "ops/parallel.h"
 
@@ -13,43 +14,9 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-DType dtype_of(const at::Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 ? DType::kBFloat16
-         : x.scalar_type() == at::kFloat  ? DType::kFloat32
-                                          : DType::kFloat64;
-}
-
-template <class View, class Pointer>
-View view_of(const at::Tensor& x, Pointer data) {
-  View view;
-  view.data = data;
-  view.dtype = dtype_of(x);
-  const std::size_t missing = view.sizes.size() - static_cast<std::size_t>(x.dim());
-  for (std::size_t i = 0; i < view.sizes.size(); ++i) {
-    const bool own = i >= missing;
-    view.sizes[i] = own ? x.size(static_cast<std::int64_t>(i - missing)) : 1;
-    view.strides[i] = own ? x.stride(static_cast<std::int64_t>(i - missing)) : 0;
-  }
-  return view;
-}
-ConstTensorView input(const at::Tensor& x) {
-  return view_of<ConstTensorView>(x, x.const_data_ptr());
-}
-TensorView output(const at::Tensor& x) { return view_of<TensorView>(x, x.mutable_data_ptr()); }
-
-at::Tensor with_plain_rows(const at::Tensor& x) {
-  return x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
-}
-
 KernelCall call_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                    std::span<const std::int64_t> offsets, std::int64_t window, double scale) {
-  return {input(q), input(k), input(v), offsets, window, scale};
-}
-
-at::Tensor workspace_of(std::int64_t bytes) { return at::empty({bytes}, at::kByte); }
-std::span<std::byte> bytes_of(const at::Tensor& workspace) {
-  return {static_cast<std::byte*>(workspace.mutable_data_ptr()),
-          static_cast<std::size_t>(workspace.numel())};
+  return {input_view(q), input_view(k), input_view(v), offsets, window, scale};
 }
 
 struct KernelFunction : torch::autograd::Function<KernelFunction> {
@@ -64,8 +31,9 @@ struct KernelFunction : torch::autograd::Function<KernelFunction> {
     const at::Tensor lse = at::empty({B, H, T}, q.options().dtype(at::kFloat));
     const KernelCall call = call_of(q, k, v, offsets, window, scale);
     const Executor& threads = torch_executor();
-    const at::Tensor workspace = workspace_of(forward_workspace_bytes(call, threads.threads()));
-    throw_if_error(softmax::forward(call, output(out), output(lse), bytes_of(workspace), threads));
+    const Workspace workspace(forward_workspace_bytes(call, threads.threads()));
+    throw_if_error(
+        softmax::forward(call, output_view(out), output_view(lse), workspace.bytes(), threads));
     ctx->save_for_backward({q, k, v, out, lse});
     ctx->saved_data["offsets"] = offsets;
     ctx->saved_data["window"] = window;
@@ -82,11 +50,11 @@ struct KernelFunction : torch::autograd::Function<KernelFunction> {
                      dv = at::empty(v.sizes(), v.options());
     const KernelCall call = call_of(q, k, v, offsets, ctx->saved_data["window"].toInt(),
                                     ctx->saved_data["scale"].toDouble());
-    const KernelGrads by_name{input(saved[3]), input(saved[4]), input(grad_o),
-                              output(dq),      output(dk),      output(dv)};
+    const KernelGrads by_name{input_view(saved[3]), input_view(saved[4]), input_view(grad_o),
+                              output_view(dq),      output_view(dk),      output_view(dv)};
     const Executor& threads = torch_executor();
-    const at::Tensor workspace = workspace_of(backward_workspace_bytes(call, threads.threads()));
-    throw_if_error(softmax::backward(call, by_name, bytes_of(workspace), threads));
+    const Workspace workspace(backward_workspace_bytes(call, threads.threads()));
+    throw_if_error(softmax::backward(call, by_name, workspace.bytes(), threads));
     return {dq, dk, dv, {}, {}, {}};
   }
 };

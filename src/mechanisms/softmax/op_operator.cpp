@@ -5,6 +5,7 @@
 
 #include "mechanisms/softmax/op_call.h"
 #include "mechanisms/softmax/op_cpu.h"
+#include "ops/reference_call.h"
 
 namespace everlong::softmax {
 namespace {
@@ -42,9 +43,7 @@ class CausalAttention final : public Operator {
     EVERLONG_ASSIGN(const Params params, read_call(call));
     const at::Tensor& q = call.inputs.at("q");
     if (form.starts_with("reference")) {
-      if (q.scalar_type() != at::kDouble || !q.is_cpu())
-        return unsupported("softmax: form ", form, " takes fp64 on the CPU; q is ", q.scalar_type(),
-                           " on ", q.device().str());
+      EVERLONG_RETURN_IF_ERROR(require_reference_input(q, "softmax", form));
       if (form == "reference") return run_reference(reference::parallel, call, params);
       if (form == "reference_recurrent") return run_reference(reference::recurrent, call, params);
       if (form == "reference_online") return run_reference(online_in_small_blocks, call, params);
@@ -78,8 +77,7 @@ class CausalAttention final : public Operator {
     call.cu_seqlens = shape.cu_seqlens;
     call.params = shape.params;
     if (!shape.initial_state) return call;
-    const std::int64_t N =
-        shape.cu_seqlens.empty() ? B : static_cast<std::int64_t>(shape.cu_seqlens.size()) - 1;
+    const std::int64_t N = sequences_of(shape);
     const std::int64_t window = shape.params.value("window", std::int64_t{0});
     std::vector<std::int64_t> lengths;
     std::int64_t rows = 0;
