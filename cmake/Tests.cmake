@@ -93,10 +93,13 @@ if(TARGET everlong)
   set(interop_python ${PROJECT_SOURCE_DIR}/build/interop/bin/python)
   add_test(NAME transformers COMMAND ${interop_python} ${PROJECT_SOURCE_DIR}/tests/integration/transformers_test.py
                                      $<TARGET_FILE:everlong> ${PROJECT_SOURCE_DIR}/tests/golden)
+  add_test(NAME tokenizers COMMAND ${interop_python} ${PROJECT_SOURCE_DIR}/tests/integration/tokenizers_test.py
+                                   $<TARGET_FILE:everlong> ${PROJECT_SOURCE_DIR}/tests/golden)
   everlong_set_test(transformers interop)
+  everlong_set_test(tokenizers interop)
   if(NOT EXISTS ${PROJECT_SOURCE_DIR}/build/interop/everlong.stamp)
-    set_tests_properties(transformers PROPERTIES DISABLED ON)
-    message(STATUS "Test 'transformers' is disabled: its Python packages are not there; `make interop` gets them")
+    set_tests_properties(transformers tokenizers PROPERTIES DISABLED ON)
+    message(STATUS "Tests 'transformers' and 'tokenizers' are disabled: their Python packages are not there; `make interop` gets them")
   endif()
 endif()
 
