@@ -2,16 +2,19 @@
 """Lightning attention beside its peers on one NVIDIA GPU: the same inputs, interleaved, in one run.
 
   make torch-library                                     builds build/release/lib/libeverlong_torch.so
-  python3 bench/lightning_peers.py [--peers FOLDER] [--pass forward,train,step] [--shapes 8x16K,1x128K] [--json FILE]
+  python3 bench/lightning_peers.py [--peers FOLDER | --alone] [--pass forward,train,step,packed]
+                                   [--shapes 8x16K,1x128K] [--json FILE]
 
 Needs a Python with torch 2.11.0 (CUDA) and Triton. Peers: flash-linear-attention (chunk_simple_gla with g_gamma, and
 fused_recurrent_simple_gla for single tokens). --peers names a folder with its wheels (pip download --no-deps fla-core
-einops) or with the packages unpacked; without it they are imported as installed.
+einops) or with the packages unpacked; without it they are imported as installed. --alone leaves them out (their first
+call tunes itself for minutes).
 
 Every case first has to agree with a float64 recurrence; then each competitor runs once a round, in turn, between
 events, with the level 2 cache overwritten before. Printed: medians, their spread, the ratio, and the fraction of the
 copy bandwidth measured in the same run that the least traffic (every input read once, every output written once)
-makes. Exit code 1 when a case is wrong.
+makes. Exit code 1 when a case is wrong. Besides, `step` shows our step with states written behind (rings of 16 tokens,
+sessions at every filling), and `packed` sequences of random length 1 to 4,096 beside rows of 4,096 of as many tokens.
 """
 import argparse, json, math, pathlib, statistics, subprocess, sys, zipfile
 
@@ -93,15 +96,19 @@ def copy_bandwidth(torch, timer):
     return 2 * source.numel() / best
 
 
+def everlong_form(torch):
+    def everlong(q, k, v, slopes, scale, state=None, offsets=()):
+        return torch.ops.everlong.decay_linear_attention(q, k, v, slopes, scale, list(offsets), state)
+
+    return {"everlong": everlong}
+
+
 def competitors(torch, peers):
     if peers:
         for wheel in pathlib.Path(peers).glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(pathlib.Path(peers) / "unpacked")
         sys.path[:0] = [str(pathlib.Path(peers) / "unpacked"), peers]
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
-
-    def everlong(q, k, v, slopes, scale, state=None):
-        return torch.ops.everlong.decay_linear_attention(q, k, v, slopes, scale, [], state)
 
     def gamma(slopes):
         return -torch.tensor(slopes, dtype=torch.float32, device="cuda")
@@ -118,7 +125,7 @@ def competitors(torch, peers):
             return self[key]
 
     gamma_of = Gammas()
-    return {"everlong": everlong, "fla": fla}
+    return everlong_form(torch) | {"fla": fla}
 
 
 def gate(torch, forms, heads, dim, slopes, scale, train):
@@ -140,10 +147,64 @@ def gate(torch, forms, heads, dim, slopes, scale, train):
     return errors
 
 
+class WriteBehind:
+    """Steps whose states are written once in `ring` tokens."""
+
+    def __init__(self, torch, batch, heads, dim, state, ring=16):
+        self.torch, self.ring, self.state = torch, ring, state.clone()
+        rows = (batch, heads, ring, dim)
+        self.keys, self.values = (torch.zeros(rows, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        self.waiting = torch.zeros(batch, device="cuda", dtype=torch.int32)
+
+    def __call__(self, q, k, v, slopes, scale):
+        return self.torch.ops.everlong.decay_linear_attention_step(q, k, v, slopes, scale, self.state, self.keys,
+                                                                   self.values, self.waiting)
+
+    def fold(self, slopes):
+        self.torch.ops.everlong.decay_linear_attention_fold(slopes, self.state, self.keys, self.values, self.waiting)
+        self.waiting.zero_()
+
+
+def gate_write_behind(torch, heads, dim, slopes, scale):
+    """Relative norm errors of 40 steps from a state, and of the state after a fold."""
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(3, 40, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    step = WriteBehind(torch, 3, heads, dim, torch.zeros(3, heads, dim, dim, device="cuda"))
+    rows = []
+    for t in range(40):
+        rows.append(step(*(x[:, t:t + 1] for x in (q, k, v)), slopes, scale))
+        step.waiting = (step.waiting + 1) % step.ring
+    step.fold(slopes)
+    expected, state = recurrence(torch, q, k, v, slopes, scale)
+    return relative(torch.cat(rows, 1), expected), relative(step.state, state)
+
+
+def packed(torch, timer, everlong, heads, dim, slopes, scale, sequences, longest, seconds):
+    """Seconds of `sequences` of random length and of rows of `longest` with as many tokens, each interleaved."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, longest + 1, (sequences,), generator=generator)
+    offsets = [0] + lengths.cumsum(0).tolist()
+    q, k, v = (torch.randn(1, offsets[-1], heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    tokens = offsets[-1] // longest * longest
+    dense = [x[:, :tokens].view(-1, longest, heads, dim) for x in (q, k, v)]
+    with torch.no_grad():
+        some = next(i for i in range(sequences) if lengths[i] > 64)
+        own = slice(offsets[some], offsets[some + 1])
+        whole = everlong(q, k, v, slopes, scale, None, offsets)
+        alone = everlong(q[:, own], k[:, own], v[:, own], slopes, scale)
+        error = max(relative(whole[0][:, own], alone[0]), relative(whole[1][some:some + 1], alone[1]))
+        del whole, alone
+        times = timer.rounds({"packed": lambda: everlong(q, k, v, slopes, scale, None, offsets),
+                              "dense": lambda: everlong(*dense, slopes, scale)}, seconds)
+    median = {n: statistics.median(t) for n, t in times.items()}
+    return offsets[-1], median["packed"], median["dense"] * offsets[-1] / tokens, error
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", default="build/release/lib/libeverlong_torch.so")
     parser.add_argument("--peers", help="folder with the peers' wheels")
+    parser.add_argument("--alone", action="store_true", help="no peers")
     parser.add_argument("--pass", dest="passes", default="forward,train,step")
     parser.add_argument("--shapes", default=SHAPES, help="sequences x tokens (K, M)")
     parser.add_argument("--sessions", default="1,64,512", help="for step")
@@ -156,7 +217,7 @@ def main():
 
     import torch
     torch.ops.load_library(args.library)
-    forms = competitors(torch, args.peers)
+    forms = everlong_form(torch) if args.alone else competitors(torch, args.peers)
     timer = Timer(torch)
     slopes = [args.factor * s for s in alibi(args.heads)]
     scale, bandwidth = args.head_dim**-0.5, copy_bandwidth(torch, timer)
@@ -165,12 +226,31 @@ def main():
     log = open(args.json, "w") if args.json else None
     failed = False
     for task in args.passes.split(","):
+        if task == "packed":
+            for sequences, longest in ((1000, 4096), (67, 4096), (526, 512)):
+                tokens, mine, dense, error = packed(torch, timer, forms["everlong"], args.heads, args.head_dim, slopes,
+                                                    scale, sequences, longest, args.seconds)
+                failed = failed or not error < TOLERANCE
+                print(f"packed   {sequences:4} of 1..{longest:,}, {tokens:,} tokens: {mine * 1e3:9.3f} ms, dense "
+                      f"{dense * 1e3:9.3f} ms, {mine / dense:5.2f}x; one of them alone: {error:.1e} off", flush=True)
+                if log:
+                    log.write(json.dumps({"pass": "packed", "sequences": sequences, "longest": longest,
+                                          "tokens": tokens, "seconds": mine, "dense_seconds": dense,
+                                          "relative_error": error}) + "\n")
+            continue
         errors = gate(torch, forms, args.heads, args.head_dim, slopes, scale, task == "train")
         for name, error in errors.items():
             if error > TOLERANCE and name == "everlong":
                 print(f"{task}: {name} is wrong: relative norm error {error:.2e}, allowed {TOLERANCE:.0e}",
                       file=sys.stderr)
                 failed = True
+        if task == "step":
+            for what, error in zip(("outputs", "states"),
+                                   gate_write_behind(torch, args.heads, args.head_dim, slopes, scale)):
+                if not error < (TOLERANCE if what == "outputs" else 1e-5):
+                    print(f"step: {what} of states written behind are wrong: relative norm error {error:.2e}",
+                          file=sys.stderr)
+                    failed = True
         if failed:
             continue
         cases = [(int(s), 1) for s in args.sessions.split(",")] if task == "step" else [
@@ -186,6 +266,9 @@ def main():
             elif task == "step":
                 state = torch.randn(batch, args.heads, args.head_dim, args.head_dim, device="cuda")
                 runs = {n: (lambda f=f: f(q, k, v, slopes, scale, state)) for n, f in forms.items()}
+                behind = WriteBehind(torch, batch, args.heads, args.head_dim, state)
+                behind.waiting = (torch.arange(batch, device="cuda") % behind.ring).int()
+                runs["write_behind"] = lambda: behind(q, k, v, slopes, scale)
                 floor = 8 * elements + state_bytes
             else:
                 weight = torch.randn_like(v)
@@ -204,14 +287,20 @@ def main():
             median = {n: statistics.median(t) for n, t in times.items()}
             line = {"pass": task, "batch": batch, "tokens": tokens, "heads": args.heads, "head_dim": args.head_dim,
                     "layer_factor": args.factor, "clock_mhz": clock(), "bytes": floor, "copy_bandwidth": bandwidth}
-            for name in forms:
+            for name in runs:
                 line[name] = {"seconds": median[name], "seconds_min": min(times[name]), "seconds_max": max(times[name]),
-                              "rounds": len(times[name]), "relative_error": errors[name]}
-            line["ratio"] = median["fla"] / median["everlong"]
+                              "rounds": len(times[name]), "relative_error": errors.get(name)}
+            behind_note = ""
+            if task == "step":
+                behind_note = (f"; written behind {median['write_behind'] * 1e3:.3f} ms, "
+                               f"{median['everlong'] / median['write_behind']:.2f}x ours")
+            peer_note = ""
+            if not args.alone:
+                line["ratio"] = median["fla"] / median["everlong"]
+                peer_note = f"  fla {median['fla'] * 1e3:9.3f} ms  {line['ratio']:5.2f}x"
             line["fraction_of_ceiling"] = floor / median["everlong"] / bandwidth
-            print(f"{task:8} {batch:4} x {tokens:8,}  everlong {median['everlong'] * 1e3:9.3f} ms  fla "
-                  f"{median['fla'] * 1e3:9.3f} ms  {line['ratio']:5.2f}x  {line['fraction_of_ceiling'] * 100:5.1f} % of "
-                  f"copy", flush=True)
+            print(f"{task:8} {batch:4} x {tokens:8,}  everlong {median['everlong'] * 1e3:9.3f} ms{peer_note}  "
+                  f"{line['fraction_of_ceiling'] * 100:5.1f} % of copy{behind_note}", flush=True)
             if log:
                 log.write(json.dumps(line) + "\n")
                 log.flush()

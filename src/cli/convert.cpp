@@ -15,7 +15,10 @@ constexpr std::int64_t kMegabyte = 1'000'000;
 
 struct ConvertCommand {
   std::string from, out, to = "everlong", dtype = "keep", max_shard_size = "5GB";
-  bool json = false;
+  std::string update = "linear";
+  std::int64_t segment = 2048;
+  std::optional<double> gate_init;
+  bool infini = false, json = false;
 
   Status run() const;
 
@@ -54,6 +57,10 @@ Result<ConvertReport> ConvertCommand::convert(const fs::path& input,
                             " is no size; give bytes, or a number with MB, GB, MiB or GiB");
   options.max_shard_bytes = *shard;
   if (dtype != "keep") options.dtype = to_scalar_type(*dtype_from_name(dtype));
+  if (infini) {
+    options.infini = {{"segment", segment}, {"update", update}};
+    if (gate_init) (*options.infini)["gate_init"] = *gate_init;
+  }
   std::unique_ptr<Progress> bar;
   options.progress = [&](std::int64_t done, std::int64_t total) -> Status {
     if (caught_signal() != 0)
@@ -123,6 +130,14 @@ void add_convert(Command& program) {
                  "of the weights written; keep: each as it is");
   convert.option("--max-shard-size SIZE", command.max_shard_size,
                  "weights beyond this go into several files: 5GB, 800MB, 2GiB");
+  convert.flag("--infini", command.infini,
+               "softmax layers become Infini-attention layers: the same numbers for texts of up to "
+               "one segment, a memory of everything before beyond it. Train the gates afterwards");
+  convert.option("--segment N", command.segment, "tokens of a segment (with --infini)");
+  convert.choice("--update RULE", command.update, {"linear", "delta"},
+                 "how the memory is written (with --infini)");
+  convert.option("--gate-init X", command.gate_init,
+                 "where the gates start: memory weighs sigmoid(X); default -3 (with --infini)");
   convert.flag("--json", command.json, "print one JSON object");
   convert.example("everlong convert models/Llama-3 models/llama",
                   "then: everlong info --model models/llama");
@@ -130,6 +145,8 @@ void add_convert(Command& program) {
                   "then, in Python: AutoModelForCausalLM.from_pretrained(\"models/first-hf\")");
   convert.example("everlong convert TransNormerLLM-1B models/tnl --dtype bf16",
                   "a folder of .bin pickles");
+  convert.example("everlong convert models/llama models/llama-infini --infini --segment 2048",
+                  "then: everlong train a run file with from_model = \"models/llama-infini\"");
   convert.note(
       "Folders of safetensors need no conversion: every --model takes a published folder as it "
       "is.");

@@ -112,7 +112,7 @@ struct InfoCommand {
 
 void add_data(Command& program) {
   Command data = program.subcommand(
-      "data", "Fetch texts and turn them into token shards",
+      "data", "Fetch or make texts and turn them into token shards",
       "Fetches texts and turns them into datasets: folders of memory-mapped token shards, "
       "split into train and valid by document.");
 
@@ -142,7 +142,7 @@ void add_data(Command& program) {
   prepare.option("--valid-fraction X", prepare_command.options.valid_fraction,
                  "part of the documents that is held out");
   prepare.option("--tokenizer NAME", prepare_command.options.tokenizer,
-                 "bytes: 256 bytes and 3 specials");
+                 "bytes: 256 bytes and 3 specials; or the path of a tokenizer.json");
   prepare.option("--max-document-bytes N", prepare_command.options.max_document_bytes,
                  "longer files are cut");
   prepare.option("--shard-tokens N", prepare_command.options.shard_tokens,
@@ -164,6 +164,9 @@ void add_data(Command& program) {
   info.flag("--json", info_command.json, "print one JSON object");
   info.example("everlong data info data/python-doc.tokens --verify");
   info.run([] { return info_command.run(); });
+
+  add_synthetic(data);
+  add_tokenize(data);
 }
 
 }  // namespace everlong::cli

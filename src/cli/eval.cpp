@@ -69,7 +69,7 @@ struct BaselinesCommand {
 
   Status run() const {
     EVERLONG_ASSIGN(const auto dataset, TokenDataset::open(data));
-    EVERLONG_ASSIGN(const auto tokenizer, make_tokenizer(dataset.info().tokenizer));
+    EVERLONG_ASSIGN(const auto tokenizer, make_tokenizer(dataset.info().tokenizer, data));
     EVERLONG_ASSIGN(const auto train, dataset.split("train"));
     EVERLONG_ASSIGN(const auto valid, dataset.split("valid"));
     EVERLONG_ASSIGN(const auto report, byte_baselines(train, valid, *tokenizer, options));
@@ -96,7 +96,8 @@ struct BaselinesCommand {
 }  // namespace
 
 void add_eval(Command& program) {
-  Command eval = program.subcommand("eval", "Measure how well a model predicts text");
+  Command eval = program.subcommand(
+      "eval", "Measure how well a model predicts text, and what it finds again in it");
 
   static PerplexityCommand perplexity_command;
   Command perplexity =
@@ -133,6 +134,8 @@ void add_eval(Command& program) {
   baselines_command.output.add(baselines);
   baselines.example("everlong eval baselines --data data/python-doc.tokens");
   baselines.run([] { return baselines_command.run(); });
+
+  add_retrieval(eval);
 }
 
 }  // namespace everlong::cli

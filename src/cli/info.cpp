@@ -4,6 +4,7 @@
 #include "cli/shared_options.h"
 #include "cli/terminal.h"
 #include "core/text.h"
+#include "mechanisms/infini/layer.h"
 #include "mechanisms/mechanism.h"
 #include "models/presets.h"
 
@@ -29,6 +30,31 @@ struct InfoCommand {
   Status describe(const Decoder& decoder, const std::string& title, const Place& where,
                   nlohmann::ordered_json& object) const;
 };
+
+// What Infini-attention layers hold, as their paper counts it, and what it leaves out; "" without
+// such layers.
+std::string infini_memory(const Decoder& decoder, nlohmann::ordered_json& object) {
+  std::int64_t layers = 0;
+  infini::MemoryTable sum;
+  for (std::int64_t i = 0; i < decoder.config().num_layers(); ++i) {
+    const auto* layer = dynamic_cast<const infini::InfiniAttention*>(&decoder.mixer(i));
+    if (layer == nullptr) continue;
+    const auto& s = layer->settings();
+    const auto one = infini::memory_table(1, s.num_kv_heads, s.head_dim, s.options.segment);
+    ++layers;
+    sum.infini += one.infini;
+    sum.local += one.local;
+  }
+  if (layers == 0) return "";
+  object["infini_memory"] = {
+      {"layers", layers}, {"memory_elements", sum.infini}, {"open_segment_elements", sum.local}};
+  const auto count = [](double elements) {
+    return with_commas(static_cast<std::int64_t>(elements));
+  };
+  return cat("\nInfini-attention in ", layers, " layers: ", count(sum.infini),
+             " elements of memory a sequence, and up to ", count(sum.local),
+             " of keys and values of the open segment, which published ratios (114x) leave out.\n");
+}
 
 Status InfoCommand::list_mechanisms() const {
   auto all = nlohmann::ordered_json::array();
@@ -119,6 +145,7 @@ Status InfoCommand::describe(const Decoder& decoder, const std::string& title, c
     table.add(std::move(row));
   }
   object.update(cli::describe(where));
+  const std::string memory = infini_memory(decoder, object);
   if (json) {
     print_json(object);
     return {};
@@ -129,7 +156,7 @@ Status InfoCommand::describe(const Decoder& decoder, const std::string& title, c
                                                             config.num_experts, " experts a token");
   print(cat(title, ": ", with_commas(decoder.parameter_count()), " parameters, ", config.block,
             " blocks of width ", config.hidden_size, experts, ", vocabulary ", config.vocab_size,
-            " (", config.tokenizer, "), on ", where.device.str(), "\n\n", table.text()));
+            " (", config.tokenizer, "), on ", where.device.str(), "\n\n", table.text(), memory));
   return {};
 }
 
@@ -154,6 +181,7 @@ void add_info(Command& program) {
   info.example("everlong info --model runs/demo --why");
   info.example("everlong info --preset minimax-text-01");
   info.run([] { return command.run(); });
+  add_info_longnet(info);
 }
 
 }  // namespace everlong::cli

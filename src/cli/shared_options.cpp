@@ -2,12 +2,34 @@
 
 #include <everlong_build_info.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "cli/terminal.h"
 #include "ops/runtime.h"
 
 namespace everlong::cli {
+namespace {
+
+// Lays "mechanism.key=value" over the config; values are JSON, or else plain text.
+Status change(ModelConfig& config, const std::vector<std::string>& settings) {
+  for (const std::string& text : settings) {
+    const auto equals = text.find('='), dot = text.find('.');
+    if (equals == std::string::npos || dot == std::string::npos || dot > equals)
+      return invalid_argument("--set ", text,
+                              ": MECHANISM.KEY=VALUE is needed, as in landmark.top_k=4");
+    const std::string mechanism = text.substr(0, dot), value = text.substr(equals + 1);
+    if (std::ranges::find(config.layer_types, mechanism) == config.layer_types.end())
+      return invalid_argument("--set ", text, ": no layer of this model is \"", mechanism,
+                              "\"; its layers are: ", join(config.layer_types, ", "));
+    auto parsed = nlohmann::json::parse(value, nullptr, /*allow_exceptions=*/false);
+    config.mechanisms[mechanism][text.substr(dot + 1, equals - dot - 1)] =
+        parsed.is_discarded() ? nlohmann::json(value) : std::move(parsed);
+  }
+  return {};
+}
+
+}  // namespace
 
 void PlaceOptions::add(Command& command) {
   command.option("--device DEVICE", device,
@@ -33,6 +55,8 @@ fs::path model_folder(const fs::path& given) {
 
 void ModelOptions::add(Command& command) {
   command.required_option("-m,--model DIR", folder, "model folder, or a run folder that holds one");
+  command.option("--set MECHANISM.KEY=VALUE", settings,
+                 "change a mechanism's setting of config.json for this run; repeatable");
   place.add(command);
 }
 
@@ -40,9 +64,12 @@ Result<LoadedModel> ModelOptions::load() const {
   LoadedModel loaded;
   EVERLONG_ASSIGN(loaded.place, place.resolve());
   loaded.folder = model_folder(folder);
-  EVERLONG_ASSIGN(loaded.model, load_model(loaded.folder, loaded.place.device, loaded.place.dtype));
+  EVERLONG_ASSIGN(loaded.model,
+                  load_model(loaded.folder, loaded.place.device, loaded.place.dtype,
+                             [&](ModelConfig& config) { return change(config, settings); }));
   loaded.model->eval();
-  EVERLONG_ASSIGN(loaded.tokenizer, make_tokenizer(loaded.model->config().tokenizer));
+  EVERLONG_ASSIGN(loaded.tokenizer,
+                  make_tokenizer(loaded.model->config().tokenizer, loaded.folder));
   return loaded;
 }
 
@@ -60,11 +87,13 @@ Result<TokenSource> TextOptions::open(const LoadedModel& loaded) const {
   if (!text.empty()) return TokenSource::from_text(text, *loaded.tokenizer);
   EVERLONG_ASSIGN(const auto dataset, TokenDataset::open(data));
   const auto& config = loaded.model->config();
-  if (dataset.info().tokenizer != config.tokenizer || dataset.info().vocab_size > config.vocab_size)
+  const std::string_view reads = loaded.tokenizer->name();
+  if (dataset.info().tokenizer != reads || dataset.info().vocab_size > config.vocab_size)
     return invalid_argument(data, " holds tokens of \"", dataset.info().tokenizer,
                             "\" (vocabulary ", dataset.info().vocab_size, "); the model reads \"",
-                            config.tokenizer, "\" (", config.vocab_size,
-                            "). Prepare the text again with --tokenizer ", config.tokenizer);
+                            reads, "\" (", config.vocab_size,
+                            "). Prepare the text again with --tokenizer ",
+                            reads.starts_with("tokenizer.json") ? loaded.folder.string() : reads);
   EVERLONG_ASSIGN(auto view, dataset.split(split));
   return TokenSource(std::move(view));
 }

@@ -3,6 +3,7 @@
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <vector>
 
 #include "cli/command.h"
 #include "data/tokenizer.h"
@@ -34,6 +35,7 @@ struct LoadedModel {
 
 struct ModelOptions {
   std::string folder;
+  std::vector<std::string> settings;  // "landmark.top_k=4": laid over config.json
   PlaceOptions place;
 
   void add(Command& command);

@@ -38,7 +38,7 @@ struct TrainCommand {
                                      {"loss", report.loss}};
     if (report.valid) {
       object["valid_loss"] = report.valid->loss;
-      object["valid_bits_per_byte"] = report.valid->bits_per_byte;
+      if (report.valid->of_text) object["valid_bits_per_byte"] = report.valid->bits_per_byte;
       object["valid_tokens"] = report.valid->tokens;
     }
     object.update(describe(place));
@@ -53,9 +53,10 @@ struct TrainCommand {
               " (", with_commas(static_cast<std::int64_t>(report.tokens_per_second)), " tokens/s, ",
               fixed(report.epochs, 2), " times through the text)\nloss ", fixed(report.loss, 4),
               " nats per token",
-              report.valid ? cat("; held out ", fixed(report.valid->loss, 4), " (",
-                                 fixed(report.valid->bits_per_byte, 4), " bits per byte)")
-                           : "",
+              report.valid ? cat("; held out ", fixed(report.valid->loss, 4)) : "",
+              report.valid && report.valid->of_text
+                  ? cat(" (", fixed(report.valid->bits_per_byte, 4), " bits per byte)")
+                  : "",
               "\nmodel: ", report.model_folder.string(), "\n"));
     return {};
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "core/random.h"
 #include "core/settings.h"
 
 namespace everlong {
@@ -12,20 +13,6 @@ constexpr std::int64_t kMostRows = 1 << 16;
 constexpr std::int64_t kMostRowTokens = kMaxShardTokens;
 constexpr std::int64_t kMostBatches = std::int64_t{1}
                                       << 46;  // times kMostRows stays within 63 bits
-
-// SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): the same numbers on every machine and library.
-struct Random {
-  std::uint64_t state;
-  std::uint64_t operator()() {
-    std::uint64_t z = state += 0x9e3779b97f4a7c15;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    return z ^ (z >> 31);
-  }
-  std::int64_t below(std::int64_t limit) {
-    return static_cast<std::int64_t>((*this)() % static_cast<std::uint64_t>(limit));
-  }
-};
 
 Status check(const BatchOptions& options) {
   if (options.rows < 1 || options.rows > kMostRows)
@@ -41,6 +28,7 @@ void resize(Batch& batch, std::int64_t rows, std::int64_t tokens) {
   batch.tokens = tokens;
   batch.inputs.resize(rows * tokens);
   batch.targets.resize(rows * tokens);
+  batch.weights.clear();
   batch.document_starts.clear();
   batch.row_continues.assign(rows, 0);
 }
@@ -53,8 +41,17 @@ Status fill_row(const SplitView& split, std::int64_t position, std::int64_t row,
   const std::int64_t before_end = std::min(tokens, line - position);
   EVERLONG_RETURN_IF_ERROR(split.read(position, inputs.first(before_end)));
   EVERLONG_RETURN_IF_ERROR(split.read(0, inputs.subspan(before_end)));
-  std::copy(inputs.begin() + 1, inputs.end(), targets.begin());
-  EVERLONG_RETURN_IF_ERROR(split.read((position + tokens) % line, targets.last(1)));
+  if (split.has_targets()) {
+    batch.weights.resize(batch.targets.size());
+    const auto weights = std::span(batch.weights).subspan(base, tokens);
+    EVERLONG_RETURN_IF_ERROR(
+        split.read_targets(position, targets.first(before_end), weights.first(before_end)));
+    EVERLONG_RETURN_IF_ERROR(
+        split.read_targets(0, targets.subspan(before_end), weights.subspan(before_end)));
+  } else {
+    std::copy(inputs.begin() + 1, inputs.end(), targets.begin());
+    EVERLONG_RETURN_IF_ERROR(split.read((position + tokens) % line, targets.last(1)));
+  }
 
   batch.document_starts.push_back(base);
   std::int64_t document = split.document_at(position);
@@ -72,6 +69,37 @@ Status fill_row(const SplitView& split, std::int64_t position, std::int64_t row,
   }
 }
 
+// Row `row` of the batch = these documents, then padding.
+Status fill_documents(const SplitView& split, std::span<const std::uint32_t> documents,
+                      std::int64_t row, Batch& batch) {
+  const bool weighed = split.has_targets();
+  if (weighed) batch.weights.resize(batch.targets.size());
+  std::int64_t at = row * batch.tokens;
+  const std::int64_t end = at + batch.tokens;
+  for (const std::uint32_t document : documents) {
+    const std::int64_t begin = split.document_start(document);
+    const std::int64_t count = split.document_start(document + 1) - begin;
+    const auto inputs = std::span(batch.inputs).subspan(at, count);
+    const auto targets = std::span(batch.targets).subspan(at, count);
+    batch.document_starts.push_back(at);
+    EVERLONG_RETURN_IF_ERROR(split.read(begin, inputs));
+    if (weighed) {
+      EVERLONG_RETURN_IF_ERROR(
+          split.read_targets(begin, targets, std::span(batch.weights).subspan(at, count)));
+    } else {
+      std::copy(inputs.begin() + 1, inputs.end(), targets.begin());
+    }
+    targets.back() = kNoTarget;
+    at += count;
+  }
+  if (at == end) return {};
+  batch.document_starts.push_back(at);
+  std::fill(batch.inputs.begin() + at, batch.inputs.begin() + end, split.eod());
+  std::fill(batch.targets.begin() + at, batch.targets.begin() + end, kNoTarget);
+  if (weighed) std::fill(batch.weights.begin() + at, batch.weights.begin() + end, 0.0f);
+  return {};
+}
+
 }  // namespace
 
 std::vector<std::int64_t> Batch::cu_seqlens() const {
@@ -85,13 +113,23 @@ std::int64_t Batch::predictions() const {
          std::count(targets.begin(), targets.end(), kNoTarget);
 }
 
+double Batch::weight() const {
+  if (weights.empty()) return static_cast<double>(predictions());
+  double sum = 0;
+  for (std::size_t i = 0; i < targets.size(); ++i)
+    if (targets[i] != kNoTarget) sum += static_cast<double>(weights[i]);
+  return sum;
+}
+
 Result<Packing> packing_from_name(std::string_view given) {
-  for (const Packing packing : {Packing::kPacked, Packing::kShuffled})
+  for (const Packing packing : {Packing::kPacked, Packing::kShuffled, Packing::kDocuments})
     if (name(packing) == given) return packing;
-  return invalid_argument("packing = \"", given, "\" is not known; allowed: packed, shuffled");
+  return invalid_argument("packing = \"", given,
+                          "\" is not known; allowed: packed, shuffled, documents");
 }
 
 std::string_view name(Packing packing) {
+  if (packing == Packing::kDocuments) return "documents";
   return packing == Packing::kPacked ? "packed" : "shuffled";
 }
 
@@ -127,6 +165,17 @@ Result<BatchCursor> cursor_from_json(const nlohmann::json& object, const std::st
 
 Result<BatchReader> BatchReader::create(SplitView split, const BatchOptions& options) {
   EVERLONG_RETURN_IF_ERROR(check(options));
+  if (options.packing == Packing::kDocuments) {
+    for (std::int64_t i = 0; i < split.documents(); ++i)
+      if (const auto tokens = split.document_start(i + 1) - split.document_start(i);
+          tokens > options.row_tokens)
+        return invalid_argument("document ", i, " of split \"", split.name(), "\" has ", tokens,
+                                " tokens: a row of whole documents needs row_tokens of at least ",
+                                "that, not ", options.row_tokens);
+    if (split.documents() == 0)
+      return invalid_argument("split \"", split.name(), "\" has no documents; make a larger one");
+    return BatchReader(std::move(split), options);
+  }
   if (split.tokens() < options.row_tokens)
     return invalid_argument("split \"", split.name(), "\" has ", split.tokens(),
                             " tokens: not one row of ", options.row_tokens,
@@ -153,12 +202,53 @@ std::int64_t BatchReader::shuffled_position(std::int64_t row) {
   return (window_offset_ + windows_[number % an_epoch] * options_.row_tokens) % split_.tokens();
 }
 
+void BatchReader::shuffle_documents(std::int64_t epoch) {
+  Random random{options_.seed};
+  random.state = random() + static_cast<std::uint64_t>(epoch);
+  documents_.resize(static_cast<std::size_t>(split_.documents()));
+  std::iota(documents_.begin(), documents_.end(), 0u);
+  for (std::size_t i = documents_.size(); i > 1; --i)
+    std::swap(documents_[i - 1], documents_[random.below(static_cast<std::int64_t>(i))]);
+  row_begins_ = {0};
+  std::int64_t used = 0;
+  for (std::size_t i = 0; i < documents_.size(); ++i) {
+    const std::int64_t tokens =
+        split_.document_start(documents_[i] + 1) - split_.document_start(documents_[i]);
+    if (used + tokens > options_.row_tokens) {
+      row_begins_.push_back(i);
+      used = 0;
+    }
+    used += tokens;
+  }
+  row_begins_.push_back(documents_.size());
+  document_epoch_ = epoch;
+}
+
+std::span<const std::uint32_t> BatchReader::documents_of(std::int64_t row) {
+  if (document_epoch_ < 0 || row < first_row_) {
+    first_row_ = 0;
+    shuffle_documents(0);
+  }
+  // How many rows an epoch has depends on its order: they can only be walked through.
+  while (row >= first_row_ + std::ssize(row_begins_) - 1) {
+    first_row_ += std::ssize(row_begins_) - 1;
+    shuffle_documents(document_epoch_ + 1);
+  }
+  const std::size_t begin = row_begins_[row - first_row_], end = row_begins_[row - first_row_ + 1];
+  return std::span<const std::uint32_t>(documents_).subspan(begin, end - begin);
+}
+
 Status BatchReader::next(Batch& batch) {
   const std::int64_t line = split_.tokens(), rows = options_.rows, tokens = options_.row_tokens;
   resize(batch, rows, tokens);
   const std::int64_t turn = Random{options_.seed}.below(line);
   const auto walked = static_cast<std::int64_t>(static_cast<__int128>(batches_) * tokens % line);
   for (std::int64_t row = 0; row < rows; ++row) {
+    if (options_.packing == Packing::kDocuments) {
+      EVERLONG_RETURN_IF_ERROR(
+          fill_documents(split_, documents_of(batches_ * rows + row), row, batch));
+      continue;
+    }
     std::int64_t position = 0;
     if (options_.packing == Packing::kShuffled) {
       position = shuffled_position(row);
@@ -197,6 +287,12 @@ Status BatchReader::seek(const BatchCursor& cursor) {
 }
 
 double BatchReader::epochs() const {
+  if (options_.packing == Packing::kDocuments) {
+    if (document_epoch_ < 0) return 0;
+    const std::int64_t row = batches_ * options_.rows - first_row_;
+    return static_cast<double>(document_epoch_) +
+           static_cast<double>(row) / static_cast<double>(row_begins_.size() - 1);
+  }
   return static_cast<double>(batches_) * static_cast<double>(options_.rows * options_.row_tokens) /
          static_cast<double>(split_.tokens());
 }

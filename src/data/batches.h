@@ -2,7 +2,8 @@
 //
 // Documents and predictions: a model starts a document with a fresh state, and nothing predicts a
 // document's first token: the target at an end-of-document token is kNoTarget. The end-of-document
-// token itself is predicted.
+// token itself is predicted. A split with targets of its own (data/targets.h) says itself what each
+// token predicts and how much that counts.
 #pragma once
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
@@ -13,14 +14,13 @@
 
 namespace everlong {
 
-inline constexpr std::int32_t kNoTarget = -100;  // what torch's cross-entropy ignores
-
 // B rows of T tokens, row after row.
 struct Batch {
   std::int64_t rows = 0, tokens = 0;  // B, T
   std::vector<std::int32_t> inputs;   // [B, T]
   std::vector<std::int32_t>
-      targets;  // [B, T]: the token after each input in the line, or kNoTarget
+      targets;                 // [B, T]: the token after each input in the line, or kNoTarget
+  std::vector<float> weights;  // [B, T]: how much the loss of each target counts; empty: 1 each
   // Where a sequence begins in the flattened line of B*T tokens, rising: every row's first token,
   // and every document's first token inside a row.
   std::vector<std::int64_t> document_starts;
@@ -31,15 +31,18 @@ struct Batch {
   // document_starts and the end, as variable-length operators take them.
   std::vector<std::int64_t> cu_seqlens() const;
   std::int64_t predictions() const;  // targets other than kNoTarget
+  double weight() const;             // sum of their weights: what a mean loss divides by
 };
 
 enum class Packing {
-  kPacked,    // each row walks the line without end: batch after batch goes on where it stopped
-              // (state can be carried)
-  kShuffled,  // each row is a random window of the line; every window comes once an epoch; nothing
-              // is carried
+  kPacked,     // each row walks the line without end: batch after batch goes on where it stopped
+               // (state can be carried)
+  kShuffled,   // each row is a random window of the line; every window comes once an epoch; nothing
+               // is carried
+  kDocuments,  // each row holds whole documents, as many as fit, and then ends of documents without
+               // targets; every document comes once an epoch, in random order; nothing is carried
 };
-// "packed" or "shuffled".
+// "packed", "shuffled" or "documents".
 Result<Packing> packing_from_name(std::string_view name);
 std::string_view name(Packing packing);
 
@@ -79,12 +82,20 @@ class BatchReader {
       : split_(std::move(split)), options_(options) {}
   std::int64_t shuffled_position(std::int64_t row);
   void shuffle(std::int64_t epoch);
+  void shuffle_documents(std::int64_t epoch);
+  // The documents of a row, counted from the first batch on.
+  std::span<const std::uint32_t> documents_of(std::int64_t row);
   SplitView split_;
   BatchOptions options_;
   std::int64_t batches_ = 0;
   // Shuffled: this epoch's windows, each row_tokens long, in the order they come.
   std::int64_t shuffled_epoch_ = -1, window_offset_ = 0;
   std::vector<std::uint32_t> windows_;
+  // Documents: this epoch's in the order they come, and where in it each of its rows begins (the
+  // last one ends).
+  std::int64_t document_epoch_ = -1, first_row_ = 0;
+  std::vector<std::uint32_t> documents_;
+  std::vector<std::size_t> row_begins_ = {0};
 };
 
 // The documents of a split once, in order, as one row: pieces of at most `row_tokens` tokens. Not

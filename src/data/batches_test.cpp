@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -265,6 +267,165 @@ TEST_F(Batches, PredictionsLeaveOutTheFirstTokenOfEveryDocument) {
   Batch batch;
   ASSERT_TRUE(*sequential.next(batch));
   EXPECT_EQ(batch.predictions(), size() - 40);
+}
+
+TEST_F(Batches, RowsOfDocumentsHoldEachOneWholeAndOnceAnEpoch) {
+  for (const BatchOptions& options : {BatchOptions{3, 29}, {1, 64}, {2, 400}, {7, 33}}) {
+    auto batches = reader({options.rows, options.row_tokens, Packing::kDocuments, 5});
+    EXPECT_EQ(batches.epochs(), 0);
+    Batch batch;
+    std::vector<std::int64_t> first_epoch, all;  // where the documents begin in the line
+    while (batches.epochs() < 3) {
+      ASSERT_TRUE(batches.next(batch).ok());
+      ASSERT_EQ(batch.rows, options.rows);
+      ASSERT_EQ(std::ssize(batch.inputs), options.rows * options.row_tokens);
+      EXPECT_EQ(batch.row_continues, std::vector<std::uint8_t>(options.rows, 0));
+      const auto offsets = batch.cu_seqlens();
+      std::set<std::int64_t> begins(offsets.begin(), offsets.end());
+      for (std::int64_t row = 0; row <= options.rows; ++row)
+        EXPECT_TRUE(begins.contains(row * options.row_tokens));
+      for (std::size_t n = 0; n + 1 < offsets.size(); ++n) {
+        const auto begin = offsets[n], end = offsets[n + 1];
+        const bool padding = begin % options.row_tokens != 0 && end % options.row_tokens == 0 &&
+                             std::ranges::count(std::span(batch.inputs).subspan(begin, end - begin),
+                                                kEod) == end - begin &&
+                             batch.inputs[begin - 1] == kEod;
+        for (auto at = begin; at < end; ++at) {
+          const bool last = at + 1 == end;
+          EXPECT_EQ(batch.targets[at], last || padding ? kNoTarget : batch.inputs[at + 1]);
+          EXPECT_EQ(batch.inputs[at] == kEod, last || padding);
+        }
+        if (end - begin == 1) continue;  // an empty document, or one token of padding
+        if (padding) continue;
+        EXPECT_TRUE(starts_.contains(batch.inputs[begin]));
+        all.push_back(batch.inputs[begin]);
+      }
+    }
+    std::map<std::int64_t, int> times;
+    for (const auto begin : all) ++times[begin];
+    std::int64_t longer = 0;  // documents of more than their end
+    for (int document = 0; document < 40; ++document) longer += document * 7 % 29 > 0 ? 1 : 0;
+    EXPECT_EQ(std::ssize(times), longer);
+    // The last batch may have begun the next epoch.
+    for (const auto& [begin, count] : times) EXPECT_TRUE(count == 3 || count == 4) << begin;
+    EXPECT_FALSE(std::equal(all.begin(), all.begin() + longer, all.begin() + longer));
+  }
+}
+
+TEST_F(Batches, RowsOfDocumentsGoOnExactlyWhereTheyStopped) {
+  const BatchOptions options{2, 40, Packing::kDocuments, 3};
+  auto whole = reader(options);
+  Batch expected, batch;
+  for (int i = 0; i < 30; ++i) {
+    auto resumed = reader(options);
+    ASSERT_TRUE(resumed.seek(whole.cursor()).ok());
+    ASSERT_TRUE(whole.next(expected).ok());
+    ASSERT_TRUE(resumed.next(batch).ok());
+    EXPECT_TRUE(same(expected, batch)) << i;
+  }
+  ASSERT_TRUE(whole.seek({1, options, size()}).ok());  // and back
+  auto second = reader(options);
+  ASSERT_TRUE(second.next(batch).ok() && second.next(batch).ok());
+  ASSERT_TRUE(whole.next(expected).ok());
+  EXPECT_TRUE(same(expected, batch));
+}
+
+TEST_F(Batches, DocumentsLongerThanARowAreRefused) {
+  const auto made = BatchReader::create(split(), {2, 28, Packing::kDocuments});
+  ASSERT_FALSE(made.ok());
+  EXPECT_NE(made.status().message().find("29 tokens"), std::string::npos)
+      << made.status().message();
+}
+
+// A dataset with targets: after token t comes 2 t, at weight t / 100, but at ends of documents
+// nothing.
+class WeighedBatches : public testing::Test {
+ protected:
+  WeighedBatches() {
+    fs::create_directories(folder_);
+    SplitWriter writer(folder_, "train", 50);
+    for (int document = 0; document < 12; ++document) {
+      std::vector<std::int32_t> ids, targets;
+      std::vector<float> weights;
+      for (int i = 0; i < 5 + document; ++i) ids.push_back(20 * document + i);
+      ids.push_back(kEod);
+      for (const auto id : ids) {
+        targets.push_back(id == kEod ? kNoTarget : 2 * id);
+        weights.push_back(static_cast<float>(id == kEod ? 0 : id) / 100);
+      }
+      EXPECT_TRUE(writer.add(ids, 1, targets, weights).ok());
+    }
+    EXPECT_TRUE(
+        write_dataset_info(folder_, {"test", 4096, kEod, 0, {{"train", *writer.finish()}}}).ok());
+  }
+  ~WeighedBatches() override { fs::remove_all(folder_); }
+  const fs::path folder_ = fs::path(testing::TempDir()) / cat("everlong-weighed-", ::getpid());
+};
+
+TEST_F(WeighedBatches, TargetsAndWeightsComeFromTheData) {
+  const auto dataset = TokenDataset::open(folder_);
+  ASSERT_TRUE(dataset.ok()) << dataset.status().message();
+  const auto split = *dataset->split("train");
+  const auto expect_weighed = [](const Batch& batch) {
+    ASSERT_EQ(batch.weights.size(), batch.targets.size());
+    double sum = 0;
+    for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
+      const bool end = batch.inputs[i] == kEod;
+      EXPECT_EQ(batch.targets[i], end ? kNoTarget : 2 * batch.inputs[i]);
+      EXPECT_EQ(batch.weights[i], end ? 0 : static_cast<float>(batch.inputs[i]) / 100);
+      sum += static_cast<double>(batch.weights[i]);
+    }
+    EXPECT_NEAR(batch.weight(), sum, 1e-9);
+  };
+  for (const Packing packing : {Packing::kPacked, Packing::kShuffled, Packing::kDocuments}) {
+    auto reader = *BatchReader::create(split, {.rows = 3, .row_tokens = 37, .packing = packing});
+    Batch batch;
+    for (int i = 0; i < 20; ++i) {
+      ASSERT_TRUE(reader.next(batch).ok());
+      expect_weighed(batch);
+    }
+  }
+  SequentialReader line(split, 23);
+  Batch batch;
+  while (*line.next(batch)) expect_weighed(batch);
+}
+
+TEST_F(WeighedBatches, TargetsThatDoNotFitAreRefused) {
+  const auto open_with = [&](std::vector<std::int32_t> targets, std::vector<float> weights) {
+    EXPECT_TRUE(write_targets(folder_ / "train-00000.targets.safetensors", targets, weights).ok());
+    EVERLONG_ASSIGN(const auto dataset, TokenDataset::open(folder_));
+    return dataset.verify();
+  };
+  const auto tokens = (*TokenDataset::open(folder_)).info().splits.at("train").shards[0].tokens;
+  std::vector<std::int32_t> targets(static_cast<std::size_t>(tokens), 7);
+  std::vector<float> weights(targets.size(), 1);
+  EXPECT_TRUE(open_with(targets, weights).ok());
+  targets[3] = 4096;
+  EXPECT_FALSE(open_with(targets, weights).ok());
+  targets[3] = 7;
+  targets.pop_back();
+  weights.pop_back();
+  EXPECT_FALSE(open_with(targets, weights).ok());
+  const std::vector<float> negative = {-1}, nan = {std::nanf("")};
+  for (const auto& wrong : {negative, nan})
+    EXPECT_FALSE(write_targets(folder_ / "x", std::vector<std::int32_t>{1}, wrong).ok());
+  EXPECT_FALSE(
+      write_targets(folder_ / "x", std::vector<std::int32_t>{-2}, std::vector<float>{1}).ok());
+  EXPECT_FALSE(
+      write_targets(folder_ / "x", std::vector<std::int32_t>{1, 2}, std::vector<float>{1}).ok());
+}
+
+TEST_F(WeighedBatches, ASplitHasTargetsForAllDocumentsOrForNone) {
+  const std::vector<std::int32_t> ids = {1, kEod}, targets = {5, kNoTarget};
+  const std::vector<float> weights = {1, 0};
+  for (const bool first : {false, true}) {
+    SplitWriter writer(folder_, "other", 100);
+    ASSERT_TRUE((first ? writer.add(ids, 1, targets, weights) : writer.add(ids, 1)).ok());
+    ASSERT_TRUE((first ? writer.add(ids, 1) : writer.add(ids, 1, targets, weights)).ok());
+    EXPECT_FALSE(writer.finish().ok());
+  }
+  SplitWriter writer(folder_, "other", 100);
+  EXPECT_FALSE(writer.add(ids, 1, targets, std::vector<float>{1}).ok());
 }
 
 }  // namespace

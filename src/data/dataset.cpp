@@ -34,10 +34,16 @@ Result<SplitInfo> read_split(const json& object, const std::string& place) {
     one.file = shard.text("file", "");
     one.tokens = shard.integer("tokens", -1, 1, kMaxShardTokens);
     one.documents = shard.integer("documents", -1, 1, kMaxShardTokens);
+    one.targets = shard.text("targets", "");
     EVERLONG_RETURN_IF_ERROR(shard.finish());
-    if (!is_plain_name(one.file) || one.tokens < 0 || one.documents < 0)
-      return corrupt(place, ": shards[", info.shards.size(),
-                     "] needs file (a plain file name), tokens and documents");
+    if (!is_plain_name(one.file) || one.tokens < 0 || one.documents < 0 ||
+        (!one.targets.empty() && !is_plain_name(one.targets)))
+      return corrupt(
+          place, ": shards[", info.shards.size(),
+          "] needs file (a plain file name, as is that of targets), tokens and documents");
+    if (!info.shards.empty() && info.shards[0].targets.empty() != one.targets.empty())
+      return corrupt(place, ": some shards have targets and others have none; make the dataset ",
+                     "again");
     tokens += one.tokens;
     documents += one.documents;
     info.shards.push_back(std::move(one));
@@ -50,9 +56,11 @@ Result<SplitInfo> read_split(const json& object, const std::string& place) {
 
 json to_json(const SplitInfo& info) {
   json shards = json::array();
-  for (const auto& shard : info.shards)
+  for (const auto& shard : info.shards) {
     shards.push_back(
         {{"file", shard.file}, {"tokens", shard.tokens}, {"documents", shard.documents}});
+    if (!shard.targets.empty()) shards.back()["targets"] = shard.targets;
+  }
   return {{"tokens", info.tokens},
           {"documents", info.documents},
           {"bytes", info.bytes},
@@ -127,6 +135,17 @@ Status SplitWriter::add(std::span<const std::int32_t> ids, std::int64_t text_byt
   return {};
 }
 
+Status SplitWriter::add(std::span<const std::int32_t> ids, std::int64_t text_bytes,
+                        std::span<const std::int32_t> targets, std::span<const float> weights) {
+  if (targets.size() != ids.size() || weights.size() != ids.size())
+    return invalid_argument("a document of ", ids.size(), " tokens with ", targets.size(),
+                            " targets and ", weights.size(), " weights; one of each is needed");
+  EVERLONG_RETURN_IF_ERROR(add(ids, text_bytes));
+  targets_.insert(targets_.end(), targets.begin(), targets.end());
+  weights_.insert(weights_.end(), weights.begin(), weights.end());
+  return {};
+}
+
 Status SplitWriter::flush() {
   char number[16];
   std::snprintf(number, sizeof number, "-%05zu", info_.shards.size());
@@ -135,10 +154,20 @@ Status SplitWriter::flush() {
   shard.tokens = static_cast<std::int64_t>(tokens_.size());
   shard.documents = static_cast<std::int64_t>(starts_.size()) - 1;
   EVERLONG_RETURN_IF_ERROR(write_shard(folder_ / shard.file, tokens_, starts_));
+  const bool has_targets = !targets_.empty();
+  if ((has_targets && targets_.size() != tokens_.size()) ||
+      (!info_.shards.empty() && has_targets == info_.shards[0].targets.empty()))
+    return invalid_argument("some documents of the split have targets and others have none");
+  if (has_targets) {
+    shard.targets = cat(split_, number, ".targets.safetensors");
+    EVERLONG_RETURN_IF_ERROR(write_targets(folder_ / shard.targets, targets_, weights_));
+  }
   info_.tokens += shard.tokens;
   info_.documents += shard.documents;
   info_.shards.push_back(std::move(shard));
   tokens_.clear();
+  targets_.clear();
+  weights_.clear();
   starts_.assign(1, 0);
   return {};
 }
@@ -199,12 +228,28 @@ Status SplitView::read(std::int64_t position, std::span<std::int32_t> out) const
   return {};
 }
 
+Status SplitView::read_targets(std::int64_t position, std::span<std::int32_t> targets,
+                               std::span<float> weights) const {
+  assert(has_targets() && targets.size() == weights.size());
+  while (!targets.empty()) {
+    const std::size_t shard = shard_at(position),
+                      count = piece(position, std::ssize(targets)).size();
+    EVERLONG_RETURN_IF_ERROR(data_->targets[shard].read(position - data_->first_token[shard],
+                                                        vocab_size(), targets.first(count),
+                                                        weights.first(count)));
+    position += static_cast<std::int64_t>(count);
+    targets = targets.subspan(count);
+    weights = weights.subspan(count);
+  }
+  return {};
+}
+
 Result<TokenDataset> TokenDataset::open(const fs::path& folder) {
   TokenDataset dataset;
   dataset.folder_ = folder;
   EVERLONG_ASSIGN(dataset.info_, read_dataset_info(folder));
   for (const auto& [name, info] : dataset.info_.splits) {
-    SplitView::Data data{name, info, dataset.info_.vocab_size, dataset.info_.eod, {}, {0}, {0}};
+    SplitView::Data data{name, info, dataset.info_.vocab_size, dataset.info_.eod, {}, {0}, {0}, {}};
     for (const auto& entry : info.shards) {
       EVERLONG_ASSIGN(auto shard, Shard::open(folder / entry.file));
       const auto tokens = static_cast<std::int64_t>(shard.tokens().size());
@@ -215,6 +260,9 @@ Result<TokenDataset> TokenDataset::open(const fs::path& folder) {
       data.first_token.push_back(data.first_token.back() + tokens);
       data.first_document.push_back(data.first_document.back() + shard.documents());
       data.shards.push_back(std::move(shard));
+      if (entry.targets.empty()) continue;
+      EVERLONG_ASSIGN(auto targets, TargetsFile::open(folder / entry.targets, tokens));
+      data.targets.push_back(std::move(targets));
     }
     dataset.splits_.emplace(name,
                             SplitView(std::make_shared<const SplitView::Data>(std::move(data))));
@@ -231,6 +279,12 @@ Result<SplitView> TokenDataset::split(const std::string& name) const {
 
 Status TokenDataset::verify() const {
   for (const auto& [name, split] : splits_) {
+    for (std::size_t s = 0; s < split.data_->targets.size(); ++s) {
+      const auto tokens = split.data_->shards[s].tokens().size();
+      std::vector<std::int32_t> targets(tokens);
+      std::vector<float> weights(tokens);
+      EVERLONG_RETURN_IF_ERROR(split.data_->targets[s].read(0, info_.vocab_size, targets, weights));
+    }
     for (const auto& shard : split.data_->shards) {
       EVERLONG_RETURN_IF_ERROR(shard.verify());
       const auto tokens = shard.tokens();

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "data/shards.h"
+#include "data/targets.h"
 
 namespace everlong {
 
@@ -17,6 +18,7 @@ struct SplitInfo {
   struct ShardInfo {
     std::string file;
     std::int64_t tokens = 0, documents = 0;
+    std::string targets = {};  // file of targets beside it; none: each token predicts the next
   };
   std::vector<ShardInfo> shards;
   std::int64_t tokens = 0;  // each document's end-of-document token included
@@ -41,6 +43,10 @@ class SplitWriter {
   SplitWriter(fs::path folder, std::string split, std::int64_t shard_tokens);
   // `ids` end with the end-of-document token and stand for `text_bytes` bytes of text.
   Status add(std::span<const std::int32_t> ids, std::int64_t text_bytes);
+  // With targets of its own, one and a weight for each id. A split has them for all documents or
+  // for none.
+  Status add(std::span<const std::int32_t> ids, std::int64_t text_bytes,
+             std::span<const std::int32_t> targets, std::span<const float> weights);
   Result<SplitInfo> finish();
 
  private:
@@ -50,6 +56,8 @@ class SplitWriter {
   std::int64_t shard_tokens_;
   std::vector<std::uint16_t> tokens_;
   std::vector<std::uint64_t> starts_ = {0};
+  std::vector<std::int32_t> targets_;
+  std::vector<float> weights_;
   SplitInfo info_;
 };
 
@@ -74,6 +82,10 @@ class SplitView {
   // Copies tokens across shards; refuses ids outside the vocabulary, which would index past an
   // embedding.
   Status read(std::int64_t position, std::span<std::int32_t> out) const;
+  // Whether the split says itself what each token predicts, and then what: copied across shards.
+  bool has_targets() const { return !data_->targets.empty(); }
+  Status read_targets(std::int64_t position, std::span<std::int32_t> targets,
+                      std::span<float> weights) const;
 
  private:
   friend class TokenDataset;
@@ -84,7 +96,8 @@ class SplitView {
     std::int32_t eod = 0;
     std::vector<Shard> shards;
     std::vector<std::int64_t> first_token,
-        first_document;  // of each shard, and the totals at the end
+        first_document;                     // of each shard, and the totals at the end
+    std::vector<TargetsFile> targets = {};  // of each shard, or none at all
   };
   explicit SplitView(std::shared_ptr<const Data> data) : data_(std::move(data)) {}
   std::size_t shard_at(std::int64_t position) const;

@@ -9,6 +9,7 @@
 #include <xxhash.h>
 
 #include "core/progress.h"
+#include "data/install.h"
 #include "data/staging.h"
 #include "data/tokenizer.h"
 
@@ -36,22 +37,6 @@ Status check(const PrepareOptions& options) {
     return invalid_argument("shard_tokens = ", options.shard_tokens,
                             " is out of range; allowed: 1 to ", kMaxShardTokens);
   return {};
-}
-
-Status check_target(const fs::path& out, bool force) {
-  std::error_code error;
-  if (!fs::exists(out, error)) return {};
-  if (!fs::is_directory(out, error)) return invalid_argument(out.string(), ": is not a folder");
-  if (force || read_dataset_info(out).ok()) return {};
-  for (fs::directory_iterator entry(out, error), end; !error && entry != end;
-       entry.increment(error)) {
-    const std::string name = entry->path().filename().string();
-    if (name.starts_with('.')) continue;
-    return invalid_argument(
-        out.string(), ": the folder holds other things (", name,
-        ") and no dataset; give an empty or new folder, or --force to write there all the same");
-  }
-  return error ? io_error(out.string(), ": cannot be read: ", error.message()) : Status();
 }
 
 std::string counts(const SkipCounts& skipped) {
@@ -133,28 +118,6 @@ Status write_documents(const std::vector<TextFile>& files, const std::vector<Doc
   return {};
 }
 
-// dataset.json goes first and comes last: at no moment does it name shards that are not its own.
-Status install(const fs::path& staging, const fs::path& out, const DatasetInfo& info) {
-  const auto old = read_dataset_info(out);
-  std::error_code error;
-  fs::remove(out / kDatasetFile, error);
-  if (error)
-    return io_error((out / kDatasetFile).string(), ": cannot be removed: ", error.message());
-  std::set<std::string> fresh;
-  for (const auto& [name, split_info] : info.splits) {
-    for (const auto& shard : split_info.shards) {
-      EVERLONG_RETURN_IF_ERROR(move_into_place(staging / shard.file, out / shard.file));
-      fresh.insert(shard.file);
-    }
-  }
-  if (old.ok()) {
-    for (const auto& [name, split_info] : old->splits)
-      for (const auto& shard : split_info.shards)
-        if (!fresh.contains(shard.file)) fs::remove(out / shard.file, error);
-  }
-  return write_dataset_info(out, info);
-}
-
 }  // namespace
 
 nlohmann::json to_json(const PrepareReport& report) {
@@ -178,9 +141,12 @@ Result<PrepareReport> prepare(const std::vector<fs::path>& paths, const fs::path
                               const PrepareOptions& options) {
   EVERLONG_RETURN_IF_ERROR(check(options));
   EVERLONG_ASSIGN(const auto tokenizer, make_tokenizer(options.tokenizer));
+  if (tokenizer->eod() < 0)
+    return invalid_argument(options.tokenizer, ": no token of it ends a document; name one in ",
+                            "tokenizer_config.json beside it, as eos_token");
   if (paths.empty()) return invalid_argument("no text given; name files or folders");
   if (out.empty()) return invalid_argument("no output folder given");
-  EVERLONG_RETURN_IF_ERROR(check_target(out, options.force));
+  EVERLONG_RETURN_IF_ERROR(check_dataset_target(out, options.force));
 
   PrepareReport report;
   EVERLONG_ASSIGN(const auto files,
@@ -208,7 +174,9 @@ Result<PrepareReport> prepare(const std::vector<fs::path>& paths, const fs::path
                       {}};
     EVERLONG_RETURN_IF_ERROR(write_documents(files, documents, *tokenizer, staging.path(),
                                              options.shard_tokens, report));
-    return install(staging.path(), out, report.dataset);
+    if (tokenizer->name().starts_with("tokenizer.json"))
+      EVERLONG_RETURN_IF_ERROR(copy_tokenizer_files(options.tokenizer, out));
+    return install_dataset(staging.path(), out, report.dataset);
   }();
   if (!written.ok()) {
     std::error_code ignored;

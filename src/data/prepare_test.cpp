@@ -181,7 +181,7 @@ TEST_F(Prepare, FailureLeavesTheOldDatasetAndNothingElse) {
   const auto info = *read_file(out_ / kDatasetFile);
   EXPECT_FALSE(prepare({text_ / "nothing"}, out_, {}).ok());
   EXPECT_FALSE(prepare({text_}, out_, {.valid_fraction = 1}).ok());
-  EXPECT_FALSE(prepare({text_}, out_, {.tokenizer = "words"}).ok());
+  EXPECT_FALSE(prepare({text_}, out_, {.tokenizer = "letters"}).ok());
   EXPECT_EQ(files_in(out_), before);
   EXPECT_EQ(*read_file(out_ / kDatasetFile), info);
   EXPECT_FALSE(prepare({text_ / "nothing"}, folder_ / "new", {}).ok());

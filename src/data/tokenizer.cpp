@@ -1,5 +1,8 @@
 #include "data/tokenizer.h"
 
+#include "data/tokenizer_json.h"
+#include "data/word_tokenizer.h"
+
 namespace everlong {
 namespace {
 
@@ -27,9 +30,32 @@ class ByteTokenizer : public Tokenizer {
 
 }  // namespace
 
-Result<std::unique_ptr<Tokenizer>> make_tokenizer(std::string_view name) {
+Result<std::unique_ptr<Tokenizer>> make_tokenizer(std::string_view name, const fs::path& folder) {
   if (name == "bytes") return std::unique_ptr<Tokenizer>(std::make_unique<ByteTokenizer>());
-  return invalid_argument("tokenizer \"", name, "\" is not known; known: bytes");
+  if (name == "words") return make_word_tokenizer();
+  if (name == "published" || name.starts_with("tokenizer.json ")) {
+    EVERLONG_ASSIGN(auto tokenizer, read_tokenizer_json(folder));
+    if (name != "published" && tokenizer->name() != name)
+      return invalid_argument(folder.string(), ": its tokenizer.json is another one (",
+                              tokenizer->name(), "); ", name, " is needed");
+    return tokenizer;
+  }
+  std::error_code ignored;
+  if (fs::exists(name, ignored)) return read_tokenizer_json(name);
+  return invalid_argument("tokenizer \"", name,
+                          "\" is not known; known: bytes, words, or a path to a tokenizer.json");
+}
+
+Status copy_tokenizer_files(const fs::path& from, const fs::path& to_folder) {
+  std::error_code ignored;
+  const fs::path folder = fs::is_directory(from, ignored) ? from : from.parent_path();
+  for (const char* name : {"tokenizer.json", "tokenizer_config.json"}) {
+    if (!fs::exists(folder / name, ignored) || fs::equivalent(folder, to_folder, ignored)) continue;
+    EVERLONG_ASSIGN(const std::string text, read_file(folder / name));
+    EVERLONG_RETURN_IF_ERROR(make_directories(to_folder));
+    EVERLONG_RETURN_IF_ERROR(write_file(to_folder / name, text));
+  }
+  return {};
 }
 
 }  // namespace everlong

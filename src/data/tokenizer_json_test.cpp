@@ -76,7 +76,7 @@ TEST_P(PublishedPatterns, ReadAPieceAsLongAsABookInTime) {  // n squared would t
 
 INSTANTIATE_TEST_SUITE_P(TokenizerJson, PublishedPatterns,
                          testing::Values("gpt2", "llama3", "cl100k"),
-                         [](const auto& info) { return std::string(info.param); });
+                         [](const auto& pattern) { return std::string(pattern.param); });
 
 TEST(TokenizerJson, SpecialTokensInATextArePlainText) {
   const auto ours = tokenizer("gpt2");

@@ -38,7 +38,9 @@ TEST(Tokenizer, SpecialsAreDistinctInTheVocabularyAndHaveNoText) {
 TEST(Tokenizer, UnknownNameSaysWhatIsKnown) {
   const auto result = make_tokenizer("byte");
   ASSERT_FALSE(result.ok());
-  EXPECT_EQ(result.status().message(), "tokenizer \"byte\" is not known; known: bytes");
+  EXPECT_EQ(result.status().message(),
+            "tokenizer \"byte\" is not known; known: bytes, words, or a path to a "
+            "tokenizer.json");
 }
 
 }  // namespace

@@ -287,6 +287,8 @@ svg .f0 { fill: var(--c0); }
 svg .f1 { fill: var(--c1); }
 svg .f2 { fill: var(--c2); }
 svg .f3 { fill: var(--c3); }
+svg .empty { fill: none; stroke: var(--rule); }
+svg .cell { font-variant-numeric: tabular-nums; }
 )";
 }
 

@@ -8,6 +8,7 @@
 
 #include "core/text.h"
 #include "eval/plot.h"
+#include "eval/retrieval_page.h"
 
 namespace everlong {
 namespace {
@@ -51,7 +52,7 @@ std::string whole(double value) {
 struct Run {
   fs::path folder;
   std::vector<ordered_json> log;
-  ordered_json config, train, baselines, perplexity, streaming, sample;
+  ordered_json config, train, baselines, perplexity, streaming, passkey, sample;
 };
 
 Result<Run> read_run(const fs::path& folder) {
@@ -72,6 +73,7 @@ Result<Run> read_run(const fs::path& folder) {
   EVERLONG_ASSIGN(run.baselines, read_optional(folder / kBaselinesFile));
   EVERLONG_ASSIGN(run.perplexity, read_optional(folder / kPerplexityFile));
   EVERLONG_ASSIGN(run.streaming, read_optional(folder / kStreamingFile));
+  EVERLONG_ASSIGN(run.passkey, read_optional(folder / kPasskeyFile));
   EVERLONG_ASSIGN(run.sample, read_optional(folder / kSampleFile));
   return run;
 }
@@ -224,6 +226,15 @@ std::string marks_table(const Run& run) {
   return out + "</table>\n";
 }
 
+std::string passkey_figure(const Run& run) {
+  if (!run.passkey.is_object()) return "";
+  return cat(
+      "<figure>", retrieval_map(run.passkey, false),
+      "<figcaption>A number hidden in the prompt, asked for at its end, by length and depth: "
+      "100 % is right before the question, where attention alone may read it.</figcaption>"
+      "</figure>\n");
+}
+
 std::string sample_section(const Run& run) {
   if (word(run.sample, "text").empty()) return "";
   return cat("<h2>A continuation</h2>\n<p>The model's own words at temperature ",
@@ -285,6 +296,8 @@ std::string missing(const Run& run) {
        cat("everlong stream --model ", model, " --data DATA"), kStreamingFile);
   hint(run.baselines.is_object(), "baselines", "everlong eval baselines --data DATA",
        kBaselinesFile);
+  hint(run.passkey.is_object(), "what is found again", cat("everlong eval passkey --model ", model),
+       kPasskeyFile);
   hint(run.sample.is_object(), "a continuation",
        cat("everlong generate --model ", model, " --prompt TEXT"), kSampleFile);
   return out.empty() ? "" : cat("<h2>Not measured yet</h2>\n<ul>", out, "</ul>\n");
@@ -328,7 +341,8 @@ Result<std::string> render_report(const fs::path& folder) {
       html_escape(title), "</title>\n<style>", plot_style(), kPageStyle,
       "</style></head>\n<body>\n<h1>", html_escape(title), "</h1>\n<p>", html_escape(summary),
       "</p>\n", bits_table(run), marks_table(run), streaming_figures(run), position_figure(run),
-      loss_figure(run), sample_section(run), facts(run), missing(run), "</body></html>\n");
+      passkey_figure(run), loss_figure(run), sample_section(run), facts(run), missing(run),
+      "</body></html>\n");
 }
 
 }  // namespace everlong

@@ -14,6 +14,7 @@ inline constexpr const char* kBaselinesFile = "baselines.json";  // everlong eva
 inline constexpr const char* kPerplexityFile =
     "perplexity.json";                                           // everlong eval perplexity --save
 inline constexpr const char* kStreamingFile = "streaming.json";  // everlong stream --save
+inline constexpr const char* kPasskeyFile = "passkey.json";      // everlong eval passkey --save
 inline constexpr const char* kSampleFile = "sample.json";        // everlong generate --save
 
 // HTML with inline SVG: no scripts, no links to elsewhere, light and dark.

@@ -31,13 +31,31 @@ class Mlp final : public GatedMlp {
   std::shared_ptr<Linear> gate_, up_, down_;
 };
 
+class GeluMlp final : public GatedMlp {
+ public:
+  GeluMlp(std::int64_t hidden, std::int64_t intermediate, std::int64_t num_layers)
+      : c_fc_(register_module("c_fc", std::make_shared<Linear>(hidden, intermediate))),
+        c_proj_(register_module(
+            "c_proj", std::make_shared<Linear>(intermediate, hidden, residual_gain(num_layers)))) {}
+
+  at::Tensor forward(const at::Tensor& x) override {
+    return c_proj_->forward(at::gelu(c_fc_->forward(x)));
+  }
+
+ private:
+  std::shared_ptr<Linear> c_fc_, c_proj_;
+};
+
 }  // namespace
 
 Result<std::shared_ptr<GatedMlp>> make_gated_mlp(const std::string& name, std::int64_t hidden_size,
                                                  std::int64_t intermediate_size,
                                                  std::int64_t num_layers) {
+  if (name == "gelu")
+    return std::shared_ptr<GatedMlp>(
+        std::make_shared<GeluMlp>(hidden_size, intermediate_size, num_layers));
   if (name != "sglu" && name != "swiglu" && name != "expert")
-    return invalid_argument("\"", name, "\" is not a gated MLP; known: expert, sglu, swiglu");
+    return invalid_argument("\"", name, "\" is not a gated MLP; known: expert, gelu, sglu, swiglu");
   const bool silu = name != "sglu";
   const Names names = name == "swiglu" ? Names{"gate_proj", "up_proj", "down_proj"}
                       : name == "sglu" ? Names{"l1", "l2", "l3"}

@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "layers/linear.h"
 #include "layers/norm.h"
 
@@ -34,6 +36,25 @@ TEST(GatedMlp, SwigluGatesWithSilu) {
   EXPECT_TRUE(at::allclose(mlp->forward(x), want, 1e-12, 1e-13));
 }
 
+TEST(GatedMlp, GeluIsTheExactOneBetweenTwoProjections) {
+  const auto mlp = make_gated_mlp("gelu", 6, 10, 3).value();
+  mlp->to(at::kDouble);
+  const at::Tensor x = at::randn({2, 3, 6}, at::kDouble);
+  const at::Tensor inner = at::matmul(x, weight(*mlp, "c_fc.weight").t());
+  const at::Tensor want = at::matmul(inner * 0.5 * (1 + at::erf(inner / std::sqrt(2.0))),
+                                     weight(*mlp, "c_proj.weight").t());
+  EXPECT_TRUE(at::allclose(mlp->forward(x), want, 1e-12, 1e-13));
+}
+
+TEST(Norm, LayerNormCentresAndHasAWeightAlone) {
+  const auto norm = make_norm("layer", 8, 1e-5).value();
+  ASSERT_EQ(norm->named_parameters().keys(), std::vector<std::string>{"weight"});
+  norm->to(at::kDouble);
+  const at::Tensor x = at::randn({4, 8}, at::kDouble), centred = x - x.mean(-1, true);
+  const at::Tensor want = centred / (centred.square().mean(-1, true) + 1e-5).sqrt();
+  EXPECT_TRUE(at::allclose(norm->forward(x), want, 1e-12, 1e-13));
+}
+
 TEST(GatedMlp, InitialisesForItsFanInAndDepth) {
   at::manual_seed(5);
   const auto mlp = make_gated_mlp("sglu", 256, 1024, 8).value();
@@ -58,7 +79,7 @@ TEST(Norm, FactoryKnowsBothByName) {
   EXPECT_TRUE(at::allclose(learned->forward(x), 3 * plain->forward(x)));
   learned->to(at::kDouble);  // the layer follows its parameter
   EXPECT_EQ(learned->forward(x.to(at::kDouble)).scalar_type(), at::kDouble);
-  EXPECT_FALSE(make_norm("layer", 8, 1e-5).ok());
+  EXPECT_FALSE(make_norm("batch", 8, 1e-5).ok());
 }
 
 }  // namespace

@@ -14,6 +14,9 @@ namespace everlong {
 // sequences are legal.
 struct Sequences {
   std::vector<std::int64_t> offsets;
+  // Tokens that the model's text marks (Landmark Attention: those that close a block), bool [B, T]
+  // on the CPU. Undefined: none are named, and a mixer goes by positions. Most mixers do not look.
+  at::Tensor marks = {};
 
   std::int64_t count(std::int64_t batch) const {
     return offsets.empty() ? batch : static_cast<std::int64_t>(offsets.size()) - 1;

@@ -1,4 +1,4 @@
-// The two norms of the published blocks, behind one interface.
+// The norms of the published blocks, behind one interface.
 #pragma once
 #include <torch/nn/module.h>
 
@@ -18,7 +18,8 @@ class Norm : public torch::nn::Module {
   virtual at::Tensor forward(const at::Tensor& x) = 0;  // any shape [.., D] -> the same
 };
 
-// "srms": no parameters; "rms": one, "weight" [size], initially 1. Other names are refused.
+// "srms": no parameters; "rms": one, "weight" [size], initially 1; "layer": LayerNorm with that
+// weight and no bias. Other names are refused.
 Result<std::shared_ptr<Norm>> make_norm(const std::string& name, std::int64_t size, double eps);
 
 }  // namespace everlong

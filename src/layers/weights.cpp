@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 
+#include <cmath>
+
 namespace everlong {
 namespace {
 
@@ -24,6 +26,18 @@ WeightInitScope::~WeightInitScope() { current = outer_; }
 at::Tensor normal_weight(at::IntArrayRef shape, double deviation) {
   at::Tensor weight = unfilled(shape);
   return current == WeightInit::kDrawn ? weight.normal_(0, deviation) : weight;
+}
+
+at::Tensor truncated_normal_weight(at::IntArrayRef shape, double deviation, double cut) {
+  at::Tensor weight = unfilled(shape);
+  if (current != WeightInit::kDrawn) return weight;
+  // The inverse of the normal's distribution, from as much of it as lies between the cuts. fp32
+  // rounds numbers next to the edges up to 1, hence the clamp.
+  const double edge = std::erf(cut / std::sqrt(2.0));
+  return weight.uniform_(-edge, edge)
+      .erfinv_()
+      .mul_(std::sqrt(2.0) * deviation)
+      .clamp_(-cut * deviation, cut * deviation);
 }
 
 at::Tensor constant_weight(at::IntArrayRef shape, double value) {

@@ -25,6 +25,8 @@ class WeightInitScope {
 
 // fp32 weights for register_parameter. Normal: N(0, deviation^2) from torch's global generator.
 at::Tensor normal_weight(at::IntArrayRef shape, double deviation);
+// The same, cut at `cut` deviations to either side.
+at::Tensor truncated_normal_weight(at::IntArrayRef shape, double deviation, double cut);
 at::Tensor constant_weight(at::IntArrayRef shape, double value);
 // A copy of `values`, for the few weights with a formula of their own. Small: kUnfilled copies too.
 at::Tensor weight_from(const at::Tensor& values);

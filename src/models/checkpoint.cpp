@@ -40,10 +40,11 @@ Result<FolderConfig> read_config(const fs::path& folder) {
 }
 
 Result<std::shared_ptr<Decoder>> load_model(const fs::path& folder, at::Device device,
-                                            at::ScalarType dtype) {
+                                            at::ScalarType dtype, const ConfigEdit& edit) {
   if (!at::isFloatingType(dtype))
     return invalid_argument("weights cannot be ", at::toString(dtype));
-  EVERLONG_ASSIGN(const FolderConfig about, read_config(folder));
+  EVERLONG_ASSIGN(FolderConfig about, read_config(folder));
+  if (edit) EVERLONG_RETURN_IF_ERROR(edit(about.config));
   if (!has_safetensors(folder) && has_pickles(folder))
     return unsupported(folder.string(),
                        ": holds its weights as pickles, which are not loaded; run ",

@@ -4,6 +4,7 @@
 #include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -25,9 +26,12 @@ Result<FolderConfig> read_config(const fs::path& folder);
 // Builds the decoder of config.json and fills it, tensor by tensor: beside the model, memory holds
 // one tensor, whatever the size of the folder. Every parameter must be in the files with its shape,
 // and every tensor of the files must be a parameter; the message names the first that is not.
-// Weights are converted to `dtype`.
+// Weights are converted to `dtype`. `edit`, where given, changes the config before the decoder is
+// built: settings that only inference knows. What changes a weight's shape is refused when the
+// weights are read.
+using ConfigEdit = std::function<Status(ModelConfig& config)>;
 Result<std::shared_ptr<Decoder>> load_model(const fs::path& folder, at::Device device,
-                                            at::ScalarType dtype);
+                                            at::ScalarType dtype, const ConfigEdit& edit = {});
 
 // Weights in the dtype they have; shards of at most `max_shard_bytes` where one file would be
 // larger. A program that ends on the way leaves the old model. Where the config changes too there

@@ -71,7 +71,8 @@ Result<ModelConfig> ModelConfig::from_json(const nlohmann::json& object, const s
   if (Status status = check_model_type(s); !status.ok()) s.fail(std::move(status));
   // The file's own dtype is that of its tensors; the key is there for other programs.
   s.choice("torch_dtype", "float32", {"float32", "bfloat16", "float16"});
-  config.block = s.choice("block", config.block, {"transnormer", "llama"});
+  config.block =
+      s.choice("block", config.block, {"transnormer", "llama", "gpt", "megalodon", "torchscale"});
   config.vocab_size = s.integer("vocab_size", config.vocab_size, 1, INT32_MAX);
   config.hidden_size = s.integer("hidden_size", config.hidden_size, 1, kMaxWidth);
   config.intermediate_size = s.integer("intermediate_size", config.intermediate_size, 1, kMaxWidth);
@@ -80,9 +81,19 @@ Result<ModelConfig> ModelConfig::from_json(const nlohmann::json& object, const s
   config.experts_per_token =
       s.integer("experts_per_token", config.experts_per_token, 1, kMaxExperts);
   config.residual_after_norm = s.boolean("residual_after_norm", config.residual_after_norm);
+  config.gated_mlp = s.boolean("gated_mlp", config.gated_mlp);
+  config.rescale_mlp = s.boolean("rescale_mlp", config.rescale_mlp);
+  config.output_size = s.integer("output_size", config.output_size, 0, INT32_MAX);
+  if (config.block != "megalodon")
+    for (const char* key : {"gated_mlp", "rescale_mlp", "output_size"})
+      if (s.has(key))
+        s.fail(invalid_argument(key, " belongs to block \"megalodon\"; leave it out of block \"",
+                                config.block, "\""));
   config.tie_word_embeddings = s.boolean("tie_word_embeddings", config.tie_word_embeddings);
   config.scale_embedding = s.boolean("scale_embedding", config.scale_embedding);
   config.initializer_range = s.number("initializer_range", config.initializer_range, 0, 10);
+  config.landmark_id = s.integer("landmark_id", -1, -1, config.vocab_size - 1);
+  config.landmark_predicted = s.boolean("landmark_predicted", false);
   config.tokenizer = s.text("tokenizer", config.tokenizer);
 
   if (auto names = read_layer_types(s.raw("layer_types")); names.ok()) {
@@ -144,7 +155,14 @@ nlohmann::json ModelConfig::to_json() const {
     object["num_experts"] = num_experts;
     object["experts_per_token"] = experts_per_token;
   }
+  if (landmark_id >= 0) {
+    object["landmark_id"] = landmark_id;
+    object["landmark_predicted"] = landmark_predicted;
+  }
   if (residual_after_norm) object["residual_after_norm"] = true;
+  if (!gated_mlp) object["gated_mlp"] = false;
+  if (rescale_mlp) object["rescale_mlp"] = true;
+  if (output_size > 0) object["output_size"] = output_size;
   for (const auto& [part, factors] : residuals)
     object["residuals"][part] = {{"alpha", factors.alpha}, {"beta", factors.beta}};
   for (const auto& [name, settings] : mechanisms) object[name] = settings;

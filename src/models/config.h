@@ -12,7 +12,10 @@
 namespace everlong {
 
 struct ModelConfig {
-  std::string block = "transnormer";  // "transnormer" (SRMSNorm, SGLU) or "llama" (RMSNorm, SwiGLU)
+  // "transnormer" (SRMSNorm, SGLU), "llama" (RMSNorm, SwiGLU), "gpt" (LayerNorm, GELU),
+  // "megalodon" (norms over time, a residual that skips two hops; all layers of that mechanism) or
+  // "torchscale" (LayerNorm and projections with biases, sub-LN; all layers longnet)
+  std::string block = "transnormer";
   std::int64_t vocab_size = 259;
   std::int64_t hidden_size = 128;
   std::int64_t intermediate_size = 384;
@@ -32,9 +35,17 @@ struct ModelConfig {
   };
   std::map<std::string, Residual> residuals;
   bool residual_after_norm = false;
+  // Of block megalodon: SwiGLU or a plain MLP, its output scaled by a learned vector or not, and a
+  // head of another size than the vocabulary (0: the same).
+  bool gated_mlp = true, rescale_mlp = false;
+  std::int64_t output_size = 0;
   bool tie_word_embeddings = false;
   bool scale_embedding = false;  // times sqrt(hidden_size), as TransNormerLLM
   double initializer_range = 0.02;
+  // The token that closes a block of text (Landmark Attention); -1: none. Whether the model was
+  // trained to predict it: else the token after it stands in its place as a target.
+  std::int64_t landmark_id = -1;
+  bool landmark_predicted = false;
   std::string tokenizer = "bytes";
 
   Residual residual(const std::string& part) const {

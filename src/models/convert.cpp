@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <system_error>
 
+#include "models/convert_infini.h"
 #include "models/weight_reader.h"
 
 namespace everlong {
@@ -146,6 +147,17 @@ Result<ConvertReport> convert_model(const fs::path& from, const fs::path& to,
   EVERLONG_ASSIGN(const FolderConfig about, read_config(from));
   const auto model = Decoder::make(about.config, WeightInit::kMeta);
   if (!model.ok()) return model.status().at((from / "config.json").string());
+  // What is written: the same model, or with its gates, which the source does not have.
+  FolderConfig target = about;
+  auto written_model = *model;
+  if (options.infini) {
+    if (options.to != "everlong")
+      return invalid_argument("no published family has Infini-attention layers; write \"everlong\"",
+                              ", not \"", options.to, "\"");
+    EVERLONG_ASSIGN(target.config, with_infini_layers(about.config, *options.infini));
+    EVERLONG_ASSIGN(written_model, Decoder::make(target.config, WeightInit::kMeta));
+  }
+  const TensorMap source_parameters = parameters_of(**model);
   EVERLONG_ASSIGN(auto source, open_weights(from));
   auto metadata = source->metadata();
   metadata["format"] = "pt";  // transformers reads no file without it
@@ -155,17 +167,19 @@ Result<ConvertReport> convert_model(const fs::path& from, const fs::path& to,
   ConvertReport report;
   std::vector<TensorPlan> plan;
   at::ScalarType embedding = at::kFloat;
-  for (const auto& item : (*model)->named_parameters()) {
-    const at::ScalarType stored = to_scalar_type(reader.dtype(item.key()));
+  for (const auto& item : written_model->named_parameters()) {
+    const at::ScalarType stored = source_parameters.contains(item.key())
+                                      ? to_scalar_type(reader.dtype(item.key()))
+                                      : at::kFloat;
     if (item.key() == "model.embed_tokens.weight") embedding = stored;
     EVERLONG_ASSIGN(const DType dtype, to_dtype(options.dtype.value_or(stored)));
     plan.push_back({item.key(), dtype, item.value().sizes().vec()});
     EVERLONG_ASSIGN(const std::uint64_t bytes, tensor_bytes(dtype, plan.back().shape));
     report.bytes += static_cast<std::int64_t>(bytes);
   }
-  EVERLONG_ASSIGN(const Dialect dialect, choose(from, about, options, embedding));
+  EVERLONG_ASSIGN(const Dialect dialect, choose(from, target, options, embedding));
   report.dialect = dialect.name;
-  report.parameters = (*model)->parameter_count();
+  report.parameters = written_model->parameter_count();
   report.tensors = static_cast<std::int64_t>(plan.size());
 
   std::int64_t done = 0;
@@ -174,6 +188,12 @@ Result<ConvertReport> convert_model(const fs::path& from, const fs::path& to,
     done += static_cast<std::int64_t>(plain.defined() ? plain.nbytes() : 0);
     if (options.progress) EVERLONG_RETURN_IF_ERROR(options.progress(done, report.bytes));
     plain = at::Tensor();  // before the next one comes
+    if (!source_parameters.contains(name)) {
+      const double start = target.config.mechanisms.at("infini").at("gate_init").get<double>();
+      const at::Tensor gate = written_model->named_parameters()[name];
+      plain = at::full(gate.sizes(), start, options.dtype.value_or(at::kFloat));
+      return std::span(static_cast<const std::byte*>(plain.const_data_ptr()), plain.nbytes());
+    }
     plain = reader.read(name, at::kCPU, options.dtype.value_or(to_scalar_type(reader.dtype(name))));
     return std::span(static_cast<const std::byte*>(plain.const_data_ptr()), plain.nbytes());
   };

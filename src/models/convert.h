@@ -12,6 +12,9 @@ struct ConvertOptions {
   // published_families().
   std::string to = "everlong";
   std::optional<at::ScalarType> dtype = {};  // of all weights; absent: each as it is
+  // Softmax layers become Infini-attention layers with these settings of that room
+  // (with_infini_layers()); goes with to = "everlong".
+  std::optional<nlohmann::json> infini = {};
   std::int64_t max_shard_bytes = kDefaultShardBytes;
   // Called after each tensor, with the bytes of weights written and in all; a failure stops the
   // work.

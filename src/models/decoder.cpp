@@ -8,7 +8,9 @@
 #include "layers/experts.h"
 #include "layers/weights.h"
 #include "mechanisms/mechanism.h"
+#include "models/megalodon_block.h"
 #include "models/recompute.h"
+#include "models/torchscale_layer.h"
 
 namespace everlong {
 namespace {
@@ -18,6 +20,7 @@ struct Parts {
   const char *mixer, *mlp, *experts;
   const char *mixer_norm, *mlp_norm;  // of the modules that hold the norms' weights
   const char *norm, *gated_mlp;
+  const char *root = "model", *embedding = "embed_tokens", *layers = "layers", *last_norm = "norm";
 };
 constexpr Parts kTransNormer = {"token_mixer",  "channel_mixer", nullptr, "token_norm",
                                 "channel_norm", "srms",          "sglu"};
@@ -26,7 +29,12 @@ constexpr Parts kLlama = {
     "self_attn", "mlp",   "block_sparse_moe", "input_layernorm", "post_attention_layernorm",
     "rms",       "swiglu"};
 
+// As GPT-2 and the models of lm_benchmark.
+constexpr Parts kGpt = {"attn", "mlp",         nullptr, "ln_1", "ln_2", "layer",
+                        "gelu", "transformer", "wte",   "h",    "ln_f"};
+
 const Parts& parts_of(const ModelConfig& config) {
+  if (config.block == "gpt") return kGpt;
   return config.block == "llama" ? kLlama : kTransNormer;
 }
 
@@ -85,7 +93,11 @@ Result<std::shared_ptr<GatedMlp>> make_mlp(const ModelConfig& config, const Part
                       config.experts_per_token, config.num_layers());
 }
 
+}  // namespace
+
 Result<std::shared_ptr<Block>> make_block(const ModelConfig& config, std::int64_t index) {
+  if (config.block == "megalodon") return make_megalodon_block(config, index);
+  if (config.block == "torchscale") return make_torchscale_block(config, index);
   const std::string& name = config.layer_types[static_cast<std::size_t>(index)];
   EVERLONG_ASSIGN(const Mechanism* mechanism, find_mechanism(name));
   const auto settings = config.mechanisms.find(name);
@@ -106,6 +118,8 @@ Result<std::shared_ptr<Block>> make_block(const ModelConfig& config, std::int64_
   block->set_residuals(config.residual(name), config.residual("mlp"), config.residual_after_norm);
   return std::shared_ptr<Block>(std::move(block));
 }
+
+namespace {
 
 // A module that only gives its children a name: "model", "layers", "embed_tokens".
 struct Group : torch::nn::Module {
@@ -151,19 +165,22 @@ Result<std::shared_ptr<Decoder>> Decoder::make(const ModelConfig& config, Weight
 // Registration gives the published names: model.embed_tokens.weight, model.layers.<i>..,
 // model.norm.weight, lm_head.weight.
 Status Decoder::build() {
+  if (config_.block == "megalodon") return build_megalodon();
+  if (config_.block == "torchscale") return build_torchscale();
   const auto drawn = [&] {
     return normal_weight({config_.vocab_size, config_.hidden_size}, config_.initializer_range);
   };
-  auto model = register_module("model", std::make_shared<Group>());
-  embedding_ = model->add("embed_tokens", std::make_shared<Group>())->add_weight(drawn());
-  auto layers = model->add("layers", std::make_shared<Group>());
+  const Parts& parts = parts_of(config_);
+  auto model = register_module(parts.root, std::make_shared<Group>());
+  embedding_ = model->add(parts.embedding, std::make_shared<Group>())->add_weight(drawn());
+  auto layers = model->add(parts.layers, std::make_shared<Group>());
   for (std::int64_t i = 0; i < config_.num_layers(); ++i) {
     auto block = make_block(config_, i);
     if (!block.ok()) return block.status().at(cat("layer ", i));
     blocks_.push_back(layers->add(std::to_string(i), *std::move(block)));
   }
-  EVERLONG_ASSIGN(norm_, make_norm(parts_of(config_).norm, config_.hidden_size, config_.norm_eps));
-  model->add("norm", norm_);
+  EVERLONG_ASSIGN(norm_, make_norm(parts.norm, config_.hidden_size, config_.norm_eps));
+  model->add(parts.last_norm, norm_);
   head_ = config_.tie_word_embeddings
               ? embedding_
               : register_module("lm_head", std::make_shared<Group>())->add_weight(drawn());
@@ -180,26 +197,32 @@ ModelState Decoder::make_state(std::int64_t sequences) const {
   std::vector<std::unique_ptr<State>> layers;
   for (std::int64_t i = 0; i < config_.num_layers(); ++i)
     layers.push_back(mixer(i).make_state(sequences));
+  if (time_norm_ != nullptr) layers.push_back(time_norm_->make_state(sequences));
   return ModelState(std::move(layers));
 }
 
 at::Tensor Decoder::hidden(const at::Tensor& tokens_BT, const Sequences& sequences,
                            ModelState* state) {
   check_sequences(tokens_BT, sequences, state);
+  Sequences marked = sequences;
+  if (config_.landmark_id >= 0 && !marked.marks.defined())
+    marked.marks = tokens_BT.eq(config_.landmark_id).cpu();
   at::Tensor x_BTD = at::embedding(embedding_, tokens_BT);
   if (config_.scale_embedding) x_BTD = x_BTD * std::sqrt(static_cast<double>(config_.hidden_size));
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     State* layer = state == nullptr ? nullptr : &state->layer(i);
     if (checkpointing_ && at::GradMode::is_enabled()) {
-      const BlockFunction run = [block = blocks_[i], sequences](const at::Tensor& x,
-                                                                State* carried) {
-        return block->forward(x, sequences, carried);
+      const BlockFunction run = [block = blocks_[i], marked](const at::Tensor& x, State* carried) {
+        return block->forward(x, marked, carried);
       };
       x_BTD = recomputed(run, x_BTD, layer, blocks_[i]->parameters());
     } else {
-      x_BTD = blocks_[i]->forward(x_BTD, sequences, layer);
+      x_BTD = blocks_[i]->forward(x_BTD, marked, layer);
     }
   }
+  if (time_norm_ != nullptr)
+    return time_norm_->forward(x_BTD, sequences,
+                               state == nullptr ? nullptr : &state->layer(blocks_.size()));
   return norm_->forward(x_BTD);
 }
 

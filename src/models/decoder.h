@@ -47,6 +47,9 @@ class Block : public torch::nn::Module {
   virtual Mixer& mixer() = 0;
 };
 
+// Layer `index` of the model that the config describes, by itself.
+Result<std::shared_ptr<Block>> make_block(const ModelConfig& config, std::int64_t index);
+
 class Decoder : public torch::nn::Module {
  public:
   // Fails with a message when a layer refuses its settings. Weights are initialised from torch's
@@ -78,11 +81,15 @@ class Decoder : public torch::nn::Module {
  private:
   explicit Decoder(const ModelConfig& config) : config_(config) {}
   Status build();
+  Status build_megalodon();   // block megalodon: published names without a common root
+  Status build_torchscale();  // block torchscale: the same
   ModelConfig config_;
   bool checkpointing_ = false;
   at::Tensor embedding_, head_;
   std::vector<std::shared_ptr<Block>> blocks_;
   std::shared_ptr<Norm> norm_;
+  // Block megalodon: the last norm runs over time, and its state is the last of a ModelState.
+  std::shared_ptr<Mixer> time_norm_;
 };
 
 }  // namespace everlong

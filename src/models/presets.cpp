@@ -52,6 +52,33 @@ constexpr std::string_view kMinimaxText01 = R"({
   "layernorm_full_attention_alpha": 3.5565588200778455, "layernorm_full_attention_beta": 1.0,
   "layernorm_linear_attention_alpha": 3.5565588200778455, "layernorm_linear_attention_beta": 1.0,
   "layernorm_mlp_alpha": 3.5565588200778455, "layernorm_mlp_beta": 1.0})";
+// Of the published model/ config registry; the vocabulary is Llama 2's. The paper's 7B is mega-7.3b
+// with chunks of 4096 tokens and a rotary base of 1e5.
+constexpr std::string_view kMega200M = R"({
+  "model_type": "megalodon", "num_layers": 12, "model_dim": 1024, "num_heads": 1, "z_dim": 256,
+  "value_dim": 2048, "ffn_hidden_dim": 2560, "swiglu": false, "cema_ndim": 16, "chunk_size": 2048,
+  "norm_num_groups": 32, "norm_eps": 1e-5, "vocab_size": 32000, "share_emb": false,
+  "scale_emb": false})";
+constexpr std::string_view kMega1_3B = R"({
+  "model_type": "megalodon", "num_layers": 24, "model_dim": 2048, "num_heads": 2, "z_dim": 512,
+  "value_dim": 4096, "ffn_hidden_dim": 4864, "swiglu": false, "cema_ndim": 16, "chunk_size": 2048,
+  "norm_num_groups": 64, "norm_eps": 1e-5, "vocab_size": 32000, "share_emb": false,
+  "scale_emb": false})";
+constexpr std::string_view kMega1_3BPg19 = R"({
+  "model_type": "megalodon", "num_layers": 24, "model_dim": 2048, "num_heads": 2, "z_dim": 512,
+  "value_dim": 4096, "ffn_hidden_dim": 3584, "swiglu": true, "cema_ndim": 16, "chunk_size": 2048,
+  "norm_num_groups": 64, "norm_eps": 1e-5, "vocab_size": 32000, "share_emb": true,
+  "scale_emb": true})";
+constexpr std::string_view kMega7_1B = R"({
+  "model_type": "megalodon", "num_layers": 32, "model_dim": 4096, "num_heads": 4, "z_dim": 1024,
+  "value_dim": 8192, "ffn_hidden_dim": 11264, "swiglu": false, "cema_ndim": 16, "chunk_size": 2048,
+  "norm_num_groups": 64, "norm_eps": 1e-5, "vocab_size": 32000, "share_emb": false,
+  "scale_emb": false})";
+constexpr std::string_view kMega7_3B = R"({
+  "model_type": "megalodon", "num_layers": 32, "model_dim": 4096, "num_heads": 4, "z_dim": 1024,
+  "value_dim": 8192, "ffn_hidden_dim": 8192, "swiglu": true, "cema_ndim": 16, "chunk_size": 2048,
+  "norm_num_groups": 64, "norm_eps": 1e-5, "vocab_size": 32000, "share_emb": false,
+  "scale_emb": false})";
 
 constexpr Preset kPresets[] = {
     {"transnormer-385m", "2405.17381 (ablations: vocabulary 50272) and the hub's class",
@@ -62,6 +89,11 @@ constexpr Preset kPresets[] = {
     {"llama-3-8b", "2407.21783", kLlama3_8B},
     {"llama-2-70b", "2307.09288", kLlama2_70B},
     {"minimax-text-01", "2501.08313 and hub MiniMax-Text-01", kMinimaxText01},
+    {"mega-200m", "2404.08801's published code: mega200M", kMega200M},
+    {"mega-1.3b", "2404.08801's published code: mega1.3B", kMega1_3B},
+    {"mega-1.3b-pg19", "2404.08801's published code: mega1.3B_pg19", kMega1_3BPg19},
+    {"mega-7.1b", "2404.08801's published code: mega7.1B", kMega7_1B},
+    {"mega-7.3b", "2404.08801's published code: mega7.3B", kMega7_3B},
 };
 
 }  // namespace

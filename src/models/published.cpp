@@ -21,7 +21,9 @@ constexpr Known kModelTypes[] = {{"llama", Family::kLlama},
                                  {"transnormer", Family::kTransnormer},
                                  {"minimax", Family::kMinimax},
                                  {"minimax_text_01", Family::kMinimaxText01},
-                                 {"minimax_m1", Family::kMinimaxText01}};
+                                 {"minimax_m1", Family::kMinimaxText01},
+                                 {"llama_with_landmark", Family::kLandmarkLlama},
+                                 {"megalodon", Family::kMegalodon}};
 constexpr Known kArchitectures[] = {{"LlamaForCausalLM", Family::kLlama},
                                     {"TransnormerForCausalLM", Family::kTransnormer},
                                     {"MiniMaxForCausalLM", Family::kMinimax},
@@ -31,7 +33,11 @@ constexpr Known kArchitectures[] = {{"LlamaForCausalLM", Family::kLlama},
 constexpr Known kTellingKeys[] = {{"decoder_embed_dim", Family::kTransnormer},
                                   {"attn_type_list", Family::kMinimaxText01},
                                   {"linear_attn_alpha_factor", Family::kMinimax},
-                                  {"rms_norm_eps", Family::kLlama}};
+                                  {"rms_norm_eps", Family::kLlama},
+                                  {"n_embd", Family::kLandmarkGpt},
+                                  {"cema_ndim", Family::kMegalodon}};
+// A LLaMA that has any of these is one with landmarks.
+constexpr const char* kLandmarkKeys[] = {"mem_id", "mem_freq", "mem_top_k"};
 constexpr std::string_view kOwn = "everlong";
 
 template <std::size_t N>
@@ -89,8 +95,9 @@ std::optional<PublishedPlace> packed_place(const ModelConfig& config, std::strin
 }  // namespace
 
 const std::vector<std::string>& published_families() {
-  static const std::vector<std::string> kNames = {"llama", "transnormer", "minimax",
-                                                  "minimax_text_01"};
+  static const std::vector<std::string> kNames = {
+      "llama",          "transnormer",  "minimax",  "minimax_text_01",
+      "landmark_llama", "landmark_gpt", "megalodon"};
   return kNames;
 }
 
@@ -103,7 +110,9 @@ Result<Family> parse_family(std::string_view name) {
                           near.empty() ? "" : cat(". Did you mean \"", near, "\"?"));
 }
 
-Result<Family> recognise(const json& config) {
+namespace {
+
+Result<Family> recognise_plainly(const json& config) {
   if (const json* type = member(config, "model_type")) {
     if (const auto family = look_up(kModelTypes, *type)) return *family;
     if (*type == "bailing_moe_linear")
@@ -123,6 +132,16 @@ Result<Family> recognise(const json& config) {
     if (config.contains(known.word)) return known.family;
   return unsupported("is the config.json of no family that this program knows (",
                      join(published_families(), ", "), "); give model_type");
+}
+
+}  // namespace
+
+Result<Family> recognise(const json& config) {
+  EVERLONG_ASSIGN(const Family family, recognise_plainly(config));
+  const auto has = [&](const char* key) { return config.contains(key); };
+  return family == Family::kLlama && std::ranges::any_of(kLandmarkKeys, has)
+             ? Family::kLandmarkLlama
+             : family;
 }
 
 bool is_published(const json& config) {
@@ -147,7 +166,8 @@ bool is_derived_tensor(std::string_view tensor) {
                                                         "diagonal_decay", "inv_freq"};
   const std::string_view last = tensor.substr(tensor.rfind('.') + 1);  // npos + 1 is 0
   return last.find("slope") != std::string_view::npos ||
-         std::ranges::find(kDerived, last) != kDerived.end();
+         std::ranges::find(kDerived, last) != kDerived.end() || tensor.ends_with(".attn.bias") ||
+         tensor.ends_with("wpe.freqs");  // lm_benchmark: the mask and the angles
 }
 
 }  // namespace everlong

@@ -19,6 +19,8 @@ namespace everlong {
 //   "llama"            transformers LlamaForCausalLM, either place of rope_theta
 //   "transnormer"      TransNormerLLM as on its hub: TransnormerForCausalLM
 //   "minimax"          transformers MiniMaxForCausalLM: layer_types, *_attn_alpha_factor, ...
+//   "landmark_llama"   LLaMA with Landmark Attention, "landmark_gpt" lm_benchmark's GPTBase
+//   "megalodon"        the ModelConf of Megalodon's published code
 //   "minimax_text_01"  MiniMax-Text-01 and M1 as on their hub: attn_type_list, layernorm_*_alpha
 const std::vector<std::string>& published_families();
 
@@ -30,8 +32,8 @@ bool is_published(const nlohmann::json& config);
 // architectures, else by telling keys. Everything that would change the numbers is checked: a key
 // that is not known, a bias, a scaled rotary embedding, another activation or quantised weights are
 // refused with the key in the message. Token ids of special tokens and settings of training and of
-// other programs' run time are known and not kept. The tokenizer of the result is "published": this
-// program reads no published tokenizer yet, so text needs ids.
+// other programs' run time are known and not kept. The tokenizer of the result is "published": the
+// tokenizer.json that came with it (data/tokenizer_json.h).
 // Messages open with `place`.
 Result<ModelConfig> config_from_published(const nlohmann::json& config, const std::string& place);
 

@@ -7,7 +7,15 @@
 
 namespace everlong {
 
-enum class Family { kLlama, kTransnormer, kMinimax, kMinimaxText01 };  // as published_families()
+enum class Family {  // as published_families()
+  kLlama,
+  kTransnormer,
+  kMinimax,
+  kMinimaxText01,
+  kLandmarkLlama,
+  kLandmarkGpt,
+  kMegalodon,
+};
 
 Result<Family> parse_family(std::string_view name);
 // The family of a config.json; the message of a failure names what it says.

@@ -4,6 +4,8 @@
 #include "core/settings.h"
 #include "models/published.h"
 #include "models/published_family.h"
+#include "models/published_landmark.h"
+#include "models/published_megalodon.h"
 
 namespace everlong {
 namespace {
@@ -244,6 +246,12 @@ Result<ModelConfig> config_from_published(const json& config, const std::string&
       return read_transnormer(config, place);
     case Family::kMinimax:
       return read_minimax(config, place, /*from_hub=*/false);
+    case Family::kLandmarkLlama:
+      return read_landmark_llama(config, place);
+    case Family::kLandmarkGpt:
+      return read_landmark_gpt(config, place);
+    case Family::kMegalodon:
+      return read_megalodon(config, place);
     case Family::kMinimaxText01:
       break;
   }

@@ -333,7 +333,9 @@ TEST(Presets, HaveThePublishedParameterCounts) {
       {"transnormer-385m", 384'926'720},    {"transnormer-1b", 1'020'266'496},
       {"transnormer-7b", 6'836'719'616},    {"llama-7b", 6'738'415'616},
       {"llama-3-8b", 8'030'261'248},        {"llama-2-70b", 68'976'648'192},
-      {"minimax-text-01", 456'089'655'296},
+      {"minimax-text-01", 456'089'655'296}, {"mega-200m", 220'627'968},
+      {"mega-1.3b", 1'342'832'640},         {"mega-1.3b-pg19", 1'327'628'288},
+      {"mega-7.1b", 7'117'381'632},         {"mega-7.3b", 7'385'817'088},
   };
   EXPECT_EQ(std::size(counts), presets().size());
   for (const auto& [name, count] : counts) {

@@ -7,6 +7,8 @@
 #include "mechanisms/softmax/layer.h"
 #include "models/published.h"
 #include "models/published_family.h"
+#include "models/published_landmark.h"
+#include "models/published_megalodon.h"
 
 namespace everlong {
 namespace {
@@ -54,6 +56,7 @@ Result<View> look_at(const ModelConfig& config, std::string_view family) {
 Status check_plain(const View& v, std::string_view block) {
   const ModelConfig& config = v.config;
   if (config.block != block) return v.refuse("block = \"", config.block, "\"");
+  if (config.landmark_id >= 0) return v.refuse("landmark_id = ", config.landmark_id);
   if (config.scale_embedding && block != "transnormer") return v.refuse("scale_embedding = true");
   return {};
 }
@@ -208,6 +211,9 @@ Result<json> write_minimax(const View& v, bool for_hub) {
 
 Result<json> published_config(const ModelConfig& config, std::string_view name) {
   EVERLONG_ASSIGN(const Family family, parse_family(name));
+  if (family == Family::kLandmarkLlama) return write_landmark_llama(config);
+  if (family == Family::kLandmarkGpt) return write_landmark_gpt(config);
+  if (family == Family::kMegalodon) return write_megalodon(config);
   EVERLONG_ASSIGN(const View view, look_at(config, name));
   switch (family) {
     case Family::kLlama:
@@ -216,7 +222,7 @@ Result<json> published_config(const ModelConfig& config, std::string_view name) 
       return write_transnormer(view);
     case Family::kMinimax:
       return write_minimax(view, /*for_hub=*/false);
-    case Family::kMinimaxText01:
+    default:
       break;
   }
   return write_minimax(view, /*for_hub=*/true);

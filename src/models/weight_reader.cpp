@@ -12,7 +12,10 @@ namespace everlong {
 namespace {
 
 constexpr const char* kHead = "lm_head.weight";
-constexpr const char* kEmbedding = "model.embed_tokens.weight";
+// The embedding, which a tied head is.
+std::string embedding_of(const ModelConfig& config) {
+  return config.block == "gpt" ? "transformer.wte.weight" : "model.embed_tokens.weight";
+}
 
 std::string shape_text(at::IntArrayRef shape) { return nlohmann::json(shape.vec()).dump(); }
 
@@ -65,12 +68,13 @@ Status WeightReader::refuse_strangers(const ModelConfig& config, bool published)
   for (const auto& [name, tensor] : tensors) {
     if (needed.contains(name) || (published && is_derived_tensor(name))) continue;
     if (config.tie_word_embeddings && name == kHead) {
-      if (tensors.contains(kEmbedding) && is_copy(tensor, tensors.at(kEmbedding))) {
+      const std::string embedding = embedding_of(config);
+      if (tensors.contains(embedding) && is_copy(tensor, tensors.at(embedding))) {
         source_->release(name, tensor.bytes);
-        source_->release(kEmbedding, tensors.at(kEmbedding).bytes);
+        source_->release(embedding, tensors.at(embedding).bytes);
         continue;
       }
-      return corrupt("tensor \"", name, "\" differs from ", kEmbedding,
+      return corrupt("tensor \"", name, "\" differs from ", embedding,
                      ", but config.json says that they are one: set tie_word_embeddings to false");
     }
     return corrupt("tensor \"", name, "\" is no parameter of the model that config.json describes");

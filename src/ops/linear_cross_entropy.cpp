@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <optional>
 
 namespace everlong {
 namespace {
@@ -26,7 +27,7 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtyp
 }
 
 Walk walk(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Tensor& targets_N,
-          std::int64_t chunk, bool want_hidden, bool want_weight) {
+          const at::Tensor& weights_N, std::int64_t chunk, bool want_hidden, bool want_weight) {
   const std::int64_t tokens = hidden_ND.size(0), vocabulary = weight_VD.size(0);
   const auto dtype = hidden_ND.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto operand = hidden_ND.is_cuda() ? hidden_ND.scalar_type() : dtype;
@@ -55,6 +56,8 @@ Walk walk(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Te
     // than the logits.
     at::Tensor delta = scores.exp_();
     delta.scatter_add_(1, picks, at::full_like(picks, -1, delta.options()));
+    if (weights_N.defined())
+      delta.mul_(weights_N.narrow(0, begin, count).unsqueeze(1).to(delta.scalar_type()));
     delta = delta.to(operand);
     const at::Tensor gone = ignored.unsqueeze(1);
     if (want_hidden)
@@ -75,12 +78,16 @@ Walk walk(const at::Tensor& hidden_ND, const at::Tensor& weight_VD, const at::Te
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& hidden_ND,
                                const at::Tensor& weight_VD, const at::Tensor& targets_N,
-                               std::int64_t chunk, bool want_hidden, bool want_weight) {
-    Walk made = walk(hidden_ND, weight_VD, targets_N, chunk, want_hidden, want_weight);
+                               const std::optional<at::Tensor>& given_weights_N, std::int64_t chunk,
+                               bool want_hidden, bool want_weight) {
+    const at::Tensor weights_N = given_weights_N.value_or(at::Tensor());
+    Walk made = walk(hidden_ND, weight_VD, targets_N, weights_N, chunk, want_hidden, want_weight);
     ctx->mark_non_differentiable({made.nll_N});
     if (want_weight) made.grad_weight_VD = made.grad_weight_VD.to(weight_VD.scalar_type());
     ctx->save_for_backward({made.grad_hidden_ND, made.grad_weight_VD});
-    return {made.nll_N.sum(at::kDouble), made.nll_N};
+    const at::Tensor counted =
+        weights_N.defined() ? made.nll_N.to(at::kDouble) * weights_N.to(at::kDouble) : made.nll_N;
+    return {counted.sum(at::kDouble), made.nll_N};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -90,14 +97,15 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
                  ? g * grads[0].to(g.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)
                  : g;
     };
-    return {scaled(saved[0]), scaled(saved[1]), {}, {}, {}, {}};
+    return {scaled(saved[0]), scaled(saved[1]), {}, {}, {}, {}, {}};
   }
 };
 
 }  // namespace
 
 LinearCrossEntropy linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& weight_VD,
-                                        const at::Tensor& targets_N, std::int64_t chunk) {
+                                        const at::Tensor& targets_N, std::int64_t chunk,
+                                        const at::Tensor& weights_N) {
   TORCH_CHECK_VALUE(
       hidden_ND.dim() == 2 && weight_VD.dim() == 2 && hidden_ND.size(1) == weight_VD.size(1),
       "linear_cross_entropy: hidden ", hidden_ND.sizes(), " and weight ", weight_VD.sizes(),
@@ -111,9 +119,15 @@ LinearCrossEntropy linear_cross_entropy(const at::Tensor& hidden_ND, const at::T
       hidden_ND.scalar_type() == weight_VD.scalar_type() && hidden_ND.is_floating_point(),
       "linear_cross_entropy: hidden is ", hidden_ND.scalar_type(), " and weight is ",
       weight_VD.scalar_type(), "; one floating-point dtype for both is needed");
+  TORCH_CHECK_VALUE(!weights_N.defined() || (weights_N.sizes() == targets_N.sizes() &&
+                                             weights_N.scalar_type() == at::kFloat),
+                    "linear_cross_entropy: weights are ", weights_N.scalar_type(), " ",
+                    weights_N.sizes(), "; fp32 [", targets_N.size(0), "] is needed, one a target");
   const bool training = at::GradMode::is_enabled();
-  const auto out = LinearCrossEntropyFunction::apply(hidden_ND, weight_VD, targets_N, chunk,
-                                                     training && hidden_ND.requires_grad(),
+  // An undefined tensor is no input that autograd takes.
+  const auto weights = weights_N.defined() ? std::optional(weights_N) : std::nullopt;
+  const auto out = LinearCrossEntropyFunction::apply(hidden_ND, weight_VD, targets_N, weights,
+                                                     chunk, training && hidden_ND.requires_grad(),
                                                      training && weight_VD.requires_grad());
   return {out[0], out[1]};
 }

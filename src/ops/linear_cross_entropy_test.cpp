@@ -52,6 +52,26 @@ TEST(LinearCrossEntropy, EqualsLogSoftmaxWhateverTheChunk) {
   }
 }
 
+TEST(LinearCrossEntropy, WeightsScaleEachTokensLossAndGradient) {
+  for (const std::int64_t chunk : {0, 1, 7, 100}) {
+    const Case c = random_case(33, 12, 19, at::kDouble);
+    at::Tensor weights = at::rand({33}, at::kFloat);
+    weights[5] = 0;
+    const auto got = linear_cross_entropy(c.hidden, c.weight, c.targets, chunk, weights);
+    const at::Tensor want = direct_per_token(c);
+    const at::Tensor sum = (want * weights.to(at::kDouble)).sum();
+    EXPECT_LT(largest(got.nll_N - want), 1e-13);  // as without weights
+    EXPECT_LT(largest(got.nll_sum - sum), 1e-12);
+    const auto gradients = torch::autograd::grad({got.nll_sum * 0.37}, {c.hidden, c.weight});
+    const auto expected = torch::autograd::grad({sum * 0.37}, {c.hidden, c.weight});
+    for (std::size_t i = 0; i < 2; ++i) EXPECT_LT(largest(gradients[i] - expected[i]), 1e-12) << i;
+    EXPECT_EQ(largest(gradients[0][5]), 0);
+  }
+  const Case c = random_case(6, 4, 5, at::kFloat);
+  for (const at::Tensor& wrong : {at::ones({5}), at::ones({6}, at::kDouble), at::ones({6, 1})})
+    EXPECT_THROW(linear_cross_entropy(c.hidden, c.weight, c.targets, 0, wrong), c10::Error);
+}
+
 TEST(LinearCrossEntropy, ChunksByItselfAtLargeVocabularies) {
   const Case c = random_case(40, 4, 300000, at::kFloat);  // 13 tokens a chunk
   const auto got = linear_cross_entropy(c.hidden, c.weight, c.targets);

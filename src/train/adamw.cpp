@@ -3,6 +3,9 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
+#include <functional>
+#include <set>
+
 namespace everlong {
 namespace {
 
@@ -19,6 +22,9 @@ AdamW::AdamW(const std::vector<std::pair<std::string, at::Tensor>>& parameters,
     slot.name = name;
     slot.parameter = slot.master = parameter;
     slot.decays = parameter.dim() > 1;
+    slot.rate_factor = 1;
+    for (const auto& [ending, factor] : options.rate_factors)
+      if (name.ends_with(ending)) slot.rate_factor = factor;
     if (parameter.scalar_type() == at::kBFloat16) {
       slot.master = parameter.detach().to(at::kFloat);
       has_masters_ = true;
@@ -60,10 +66,12 @@ at::Tensor AdamW::clip_gradients(double max_norm) {
 
 void AdamW::step(double lr) {
   c10::NoGradGuard no_grad;
-  for (const bool decays : {true, false}) {
+  std::set<std::pair<bool, double>, std::greater<>> groups;  // those that decay first
+  for (const auto& slot : slots_) groups.emplace(slot.decays, slot.rate_factor);
+  for (const auto& [decays, factor] : groups) {
     Tensors masters, gradients, exp_avgs, exp_avg_sqs, steps;
     for (const auto& slot : slots_) {
-      if (slot.decays != decays || !slot.gradient.defined()) continue;
+      if (slot.decays != decays || slot.rate_factor != factor || !slot.gradient.defined()) continue;
       masters.push_back(slot.master);
       gradients.push_back(slot.gradient);
       exp_avgs.push_back(slot.exp_avg);
@@ -72,9 +80,9 @@ void AdamW::step(double lr) {
     }
     if (masters.empty()) continue;
     at::_foreach_add_(steps, 1);
-    at::_fused_adamw_(masters, gradients, exp_avgs, exp_avg_sqs, /*max_exp_avg_sqs=*/{}, steps, lr,
-                      options_.beta1, options_.beta2, decays ? options_.weight_decay : 0.0,
-                      options_.eps, /*amsgrad=*/false,
+    at::_fused_adamw_(masters, gradients, exp_avgs, exp_avg_sqs, /*max_exp_avg_sqs=*/{}, steps,
+                      lr * factor, options_.beta1, options_.beta2,
+                      decays ? options_.weight_decay : 0.0, options_.eps, /*amsgrad=*/false,
                       /*maximize=*/false);
   }
   if (has_masters_) {

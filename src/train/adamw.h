@@ -22,6 +22,9 @@ struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
   double weight_decay =
       0.1;  // of tensors with two dimensions or more; norm weights, biases and gates keep theirs
+  // Parameters whose name ends so move at this multiple of the rate: gates of Infini-attention,
+  // which Adam moves by at most the rate a step and which have whole units to go.
+  std::vector<std::pair<std::string, double>> rate_factors = {};
 };
 
 // Holds handles to the parameters and updates them in place. Not thread safe.
@@ -62,6 +65,7 @@ class AdamW {
     at::Tensor gradient;   // undefined until a backward pass reached it
     at::Tensor exp_avg, exp_avg_sq, step;
     bool decays;
+    double rate_factor;
   };
   std::vector<Slot> slots_;
   AdamWOptions options_;

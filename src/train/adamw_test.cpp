@@ -48,6 +48,18 @@ TEST(AdamW, FollowsTheTextbookFormula) {
   }
 }
 
+TEST(AdamW, NamedParametersMoveAtARateOfTheirOwn) {
+  const auto one = [] { return at::ones({1}, at::kDouble).set_requires_grad(true); };
+  at::Tensor gate = one(), other = one();
+  AdamW adamw({{"layers.0.self_attn.gate", gate}, {"layers.0.self_attn.gate_norm", other}},
+              {.rate_factors = {{".self_attn.gate", 30}}});
+  for (const at::Tensor& x : {gate, other}) x.mutable_grad() = at::ones({1}, at::kDouble);
+  adamw.take_gradients();
+  adamw.step(1e-3);  // the first step of Adam is the rate, whatever the gradient
+  EXPECT_NEAR(1 - gate.item<double>(), 3e-2, 1e-8);
+  EXPECT_NEAR(1 - other.item<double>(), 1e-3, 1e-9);
+}
+
 TEST(AdamW, UpdatesBelowBf16SpacingAreNotLost) {
   at::Tensor p = at::ones({1, 4}, at::kBFloat16).set_requires_grad(true);  // spacing below 1: 2^-8
   AdamW adamw({{"p", p}}, {.weight_decay = 0});

@@ -20,6 +20,15 @@ at::Tensor to_device(const std::vector<std::int32_t>& values, const Batch& batch
   return at::from_blob(data, {batch.rows, batch.tokens}, at::kInt).to(device).to(at::kLong);
 }
 
+// The weights of a batch as fp32 [B, T] on the device; undefined where all are 1.
+at::Tensor weights_on(const Batch& batch, at::Device device) {
+  if (batch.weights.empty()) return {};
+  auto* const data = const_cast<float*>(batch.weights.data());
+  return at::from_blob(data, {batch.rows, batch.tokens}, at::kFloat)
+      .to(device, at::kFloat, false,
+          /*copy=*/true);
+}
+
 at::Tensor columns(const at::Tensor& values_BT, const SegmentPlan& plan) {
   const at::Tensor part = values_BT.narrow(1, plan.first, plan.tokens);
   return plan.sequences.offsets.empty() ? part : part.reshape({1, -1});
@@ -84,15 +93,17 @@ at::Tensor Backprop::hidden(const Line& line, const SegmentPlan& plan, ModelStat
 
 at::Tensor Backprop::loss(const Line& line, const SegmentPlan& plan, ModelState* state) {
   const at::Tensor hidden_BTD = hidden(line, plan, state);
-  return linear_cross_entropy(hidden_BTD.flatten(0, 1), model_.head_weight(),
-                              columns(line.targets_BT, plan).flatten())
+  return linear_cross_entropy(
+             hidden_BTD.flatten(0, 1), model_.head_weight(),
+             columns(line.targets_BT, plan).flatten(), /*chunk=*/0,
+             line.weights_BT.defined() ? columns(line.weights_BT, plan).flatten() : at::Tensor())
       .nll_sum;
 }
 
 at::Tensor Backprop::score(const Batch& batch) {
   c10::NoGradGuard no_grad;
-  const Line line{to_device(batch.inputs, batch, device_),
-                  to_device(batch.targets, batch, device_)};
+  const Line line{to_device(batch.inputs, batch, device_), to_device(batch.targets, batch, device_),
+                  weights_on(batch, device_)};
   if (!carried_ || carried_->sequences() != batch.rows) carried_ = model_.make_state(batch.rows);
   at::Tensor total;
   for (const auto& plan : plan_segments(batch, segment_tokens_)) {
@@ -106,8 +117,8 @@ at::Tensor Backprop::score(const Batch& batch) {
 
 at::Tensor Backprop::run(const Batch& batch, double scale,
                          const std::function<void()>& after_backward) {
-  const Line line{to_device(batch.inputs, batch, device_),
-                  to_device(batch.targets, batch, device_)};
+  const Line line{to_device(batch.inputs, batch, device_), to_device(batch.targets, batch, device_),
+                  weights_on(batch, device_)};
   const auto plans = plan_segments(batch, carry_ == Carry::kNone ? 0 : segment_tokens_);
   if (carry_ == Carry::kNone) {
     const at::Tensor nll = loss(line, plans.front(), nullptr);

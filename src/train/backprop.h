@@ -38,9 +38,9 @@ class Backprop {
   Backprop(Decoder& model, at::Device device, Carry carry, std::int64_t segment_tokens)
       : model_(model), device_(device), carry_(carry), segment_tokens_(segment_tokens) {}
 
-  // Adds the gradient of scale * (sum of the batch's losses, in nats) to the .grad of the model's
-  // parameters and returns the sum (fp64 scalar on the device). `after_backward` runs after each
-  // backward pass (one a segment): the place to move .grad elsewhere.
+  // Adds the gradient of scale * (sum of the batch's weighed losses, in nats) to the .grad of the
+  // model's parameters and returns the sum (fp64 scalar on the device). `after_backward` runs after
+  // each backward pass (one a segment): the place to move .grad elsewhere.
   //
   // kExact holds the activations of one segment. With F_s the segment's function (state in -> loss,
   // state out) the first walk keeps only the states h_s between segments; the second goes from the
@@ -59,6 +59,7 @@ class Backprop {
  private:
   struct Line {  // on the device
     at::Tensor inputs_BT, targets_BT;
+    at::Tensor weights_BT;  // undefined: 1 each
   };
   ModelState entering(const ModelState& carried, const SegmentPlan& plan) const;
   at::Tensor hidden(const Line& line, const SegmentPlan& plan, ModelState* state);

@@ -70,6 +70,9 @@ Batch cut(const Batch& whole, std::int64_t row, std::int64_t rows, std::int64_t 
                        whole.inputs.begin() + from + tokens);
     part.targets.insert(part.targets.end(), whole.targets.begin() + from,
                         whole.targets.begin() + from + tokens);
+    if (!whole.weights.empty())
+      part.weights.insert(part.weights.end(), whole.weights.begin() + from,
+                          whole.weights.begin() + from + tokens);
     const bool starts_here =
         std::ranges::find(whole.document_starts, from) != whole.document_starts.end();
     part.row_continues.push_back(continues && !starts_here ? 1 : 0);
@@ -151,6 +154,27 @@ TEST(Backprop, ExactSegmentsGiveTheGradientsOfTheWholeRow) {
       model->set_checkpointing(false);
     }
   }
+}
+
+// A target of weight 3 counts as three of weight 1, and one of weight 0 as none, in every way of
+// feeding a row.
+TEST(Backprop, WeightsCountTargetsSoManyTimes) {
+  const auto model = make_model({"lightning", "softmax"});
+  Batch once = make_batch(2, 23, 3, {{4, 10, 17}, {15}});
+  Batch weighed = once;
+  for (std::size_t i = 0; i < once.targets.size(); ++i) {
+    weighed.weights.push_back(i % 3 == 0 ? 3.0f : i % 3 == 1 ? 1.0f : 0.0f);
+    if (i % 3 == 2) once.targets[i] = kNoTarget;
+  }
+  Batch thrice = once;
+  for (std::size_t i = 0; i < once.targets.size(); ++i)
+    if (i % 3 != 0) thrice.targets[i] = kNoTarget;
+  const auto counted = run(*model, {once, thrice, thrice}, Carry::kNone, 0);
+  expect_same(run(*model, {weighed}, Carry::kNone, 0), counted);
+  expect_same(run(*model, {weighed}, Carry::kExact, 5), counted);
+  expect_same(run(*model, {cut(weighed, 0, 1, 0, 23, false), cut(weighed, 1, 1, 0, 23, false)},
+                  Carry::kNone, 0),
+              counted);
 }
 
 TEST(Backprop, ExactSegmentsContinueTheRowBefore) {

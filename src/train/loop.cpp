@@ -10,11 +10,14 @@
 #include "core/progress.h"
 #include "core/text.h"
 #include "ops/runtime.h"
+#include "train/gates.h"
 
 namespace everlong {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr std::int64_t kGateSteps = 100;  // between two reports of the gates
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -46,7 +49,12 @@ class Log {
 
 void add_evaluation(nlohmann::ordered_json& record, const Evaluation& evaluation) {
   record["valid_loss"] = evaluation.loss;
-  record["valid_bpb"] = evaluation.bits_per_byte;
+  if (evaluation.of_text) record["valid_bpb"] = evaluation.bits_per_byte;
+}
+
+std::string short_text(const Evaluation& evaluation) {
+  return evaluation.of_text ? cat(", valid ", fixed(evaluation.bits_per_byte, 3), " bits/byte")
+                            : cat(", valid ", fixed(evaluation.loss, 4));
 }
 
 // Means over the steps since the last record.
@@ -116,8 +124,21 @@ class Loop {
         {"mem_bytes", memory ? memory->peak : resident_bytes()},
         {"wall_s", seconds_since(start_)}};
     if (evaluation) add_evaluation(line, *evaluation);
+    add_gates(line, report.step);
     interval_ = {};
     return log_.add(std::move(line));
+  }
+
+  // In every hundredth step's line, or the one after it.
+  void add_gates(nlohmann::ordered_json& line, std::int64_t step) {
+    if (step / kGateSteps == gates_logged_) return;
+    gates_logged_ = step / kGateSteps;
+    const auto gates = gates_of(trainer_->model());
+    if (!gates) return;
+    line["gates"] = {{"histogram", gates->histogram},
+                     {"smallest", gates->smallest},
+                     {"largest", gates->largest}};
+    if (const auto alarm = gate_alarm(*gates, step)) line["alarm"] = *alarm;
   }
 
   void show(const StepReport& report) {
@@ -127,10 +148,8 @@ class Loop {
     progress_.set_total(std::min(total, run_.train.steps));
     const auto speed =
         static_cast<std::int64_t>(static_cast<double>(trainer_->tokens_done()) / seconds);
-    progress_.update(
-        report.step,
-        cat("loss ", fixed(recent_loss(), 3), ", ", with_commas(speed), " tokens/s",
-            valid_ ? cat(", valid ", fixed(valid_->bits_per_byte, 3), " bits/byte") : ""));
+    progress_.update(report.step, cat("loss ", fixed(recent_loss(), 3), ", ", with_commas(speed),
+                                      " tokens/s", valid_ ? short_text(*valid_) : ""));
   }
 
   // None when there is nothing to evaluate on.
@@ -161,9 +180,7 @@ class Loop {
     EVERLONG_RETURN_IF_ERROR(trainer_->save());
     EVERLONG_ASSIGN(report.valid, evaluate());
     progress_.set_total(trainer_->steps_done());
-    progress_.finish(
-        cat("loss ", fixed(recent_loss(), 3),
-            valid_ ? cat(", valid ", fixed(valid_->bits_per_byte, 3), " bits/byte") : ""));
+    progress_.finish(cat("loss ", fixed(recent_loss(), 3), valid_ ? short_text(*valid_) : ""));
     if (report.valid && !log_.newest().is_null()) add_evaluation(log_.newest(), *report.valid);
     EVERLONG_RETURN_IF_ERROR(log_.flush());
     report.model_folder = trainer_->model_folder();
@@ -183,6 +200,7 @@ class Loop {
   Progress progress_;
   Clock::time_point start_ = Clock::now();
   Interval interval_;
+  std::int64_t gates_logged_ = 0;
   std::deque<double> recent_;
   std::optional<Evaluation> valid_;
 };

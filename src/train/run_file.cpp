@@ -21,13 +21,14 @@ template <class Run, class Visitor>
 void visit(Run& run, Visitor& v) {
   v.section("data");
   v.text("path", run.data.path);
-  v.choice("packing", run.data.packing, {"packed", "shuffled"});
+  v.choice("packing", run.data.packing, {"packed", "shuffled", "documents"});
   v.integer("row_tokens", run.data.row_tokens, 1, kMaxCount);
   v.integer("rows", run.data.rows, 1, 1 << 20);
   v.section("train");
   v.text("from_model", run.train.from_model);
   v.integer("steps", run.train.steps, 1, kMaxCount);
   v.number("learning_rate", run.train.learning_rate, 0, 10);
+  v.number("gate_learning_rate", run.train.gate_learning_rate, 0, 10);
   v.choice("schedule", run.train.schedule, {"cosine", "wsd", "constant"});
   v.integer("warmup_steps", run.train.warmup_steps, 0, kMaxCount);
   v.number("decay_fraction", run.train.decay_fraction, 0, 1);
@@ -243,11 +244,11 @@ Status check_together(const RunFile& run) {
         "segment: "
         "set train.segment_tokens below data.row_tokens = ",
         run.data.row_tokens);
-  if (!segments && train.carry == "detached" && run.data.packing == "shuffled")
-    return bad(
-        "train.carry = \"detached\" has nothing to carry: shuffled rows do not continue; set "
-        "data.packing to "
-        "\"packed\" or train.segment_tokens below data.row_tokens");
+  if (!segments && train.carry == "detached" && run.data.packing != "packed")
+    return bad("train.carry = \"detached\" has nothing to carry: ", run.data.packing,
+               " rows do not continue; set "
+               "data.packing to "
+               "\"packed\" or train.segment_tokens below data.row_tokens");
   return {};
 }
 

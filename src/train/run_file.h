@@ -17,7 +17,8 @@ namespace everlong {
 
 struct DataSettings {
   std::string path;  // a folder of `everlong data prepare`; relative to the current folder
-  std::string packing = "packed";  // "packed": rows continue from batch to batch; "shuffled"
+  std::string packing = "packed";  // "packed": rows continue from batch to batch; "shuffled";
+                                   // "documents": whole documents in each row
   std::int64_t row_tokens = 256;
   std::int64_t rows = 16;  // rows a batch
 };
@@ -26,6 +27,7 @@ struct TrainSettings {
   std::string from_model;  // continue the weights of this model folder; then there is no [model]
   std::int64_t steps = 1000;
   double learning_rate = 3e-3;
+  double gate_learning_rate = 0;    // of Infini-attention's gates; 0: as learning_rate
   std::string schedule = "cosine";  // "cosine", "wsd", "constant"
   std::int64_t warmup_steps = 20;
   double decay_fraction = 0.2;  // wsd: the last part of the run, over which the rate falls

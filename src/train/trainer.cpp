@@ -7,6 +7,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "data/tokenizer.h"
 #include "models/checkpoint.h"
 #include "ops/runtime.h"
 
@@ -38,11 +39,16 @@ Status Trainer::build_model(const TokenDataset& dataset) {
   }
   const auto& info = dataset.info();
   const auto& config = model_->config();
-  if (info.tokenizer != config.tokenizer || info.vocab_size > config.vocab_size)
-    return invalid_argument(run_.data.path, " holds tokens of \"", info.tokenizer,
-                            "\" (vocabulary ", info.vocab_size, "); the model is made for \"",
-                            config.tokenizer, "\" (", config.vocab_size,
-                            "): prepare the text again or change the model");
+  std::string reads = config.tokenizer;
+  if (reads == "published") {
+    EVERLONG_ASSIGN(const auto tokenizer, make_tokenizer(reads, train.from_model));
+    reads = tokenizer->name();
+  }
+  if (info.tokenizer != reads || info.vocab_size > config.vocab_size)
+    return invalid_argument(
+        run_.data.path, " holds tokens of \"", info.tokenizer, "\" (vocabulary ", info.vocab_size,
+        "); the model is made for \"", reads, "\" (", config.vocab_size,
+        "): prepare the text again, or set model.tokenizer and model.vocab_size");
   model_->to(device_, dtype_);
   model_->train();
   model_->set_checkpointing(train.checkpointing);
@@ -74,9 +80,11 @@ Result<std::unique_ptr<Trainer>> Trainer::make(const RunFile& run) {
   std::vector<std::pair<std::string, at::Tensor>> parameters;
   for (const auto& entry : trainer->model_->named_parameters())
     parameters.emplace_back(entry.key(), entry.value());
-  trainer->optimizer_ = std::make_unique<AdamW>(
-      parameters,
-      AdamWOptions{run.train.beta1, run.train.beta2, run.train.eps, run.train.weight_decay});
+  AdamWOptions adamw{run.train.beta1, run.train.beta2, run.train.eps, run.train.weight_decay};
+  if (run.train.gate_learning_rate > 0 && run.train.learning_rate > 0)
+    for (const char* gate : {".self_attn.gate", ".token_mixer.gate", ".attn.gate"})
+      adamw.rate_factors.emplace_back(gate, run.train.gate_learning_rate / run.train.learning_rate);
+  trainer->optimizer_ = std::make_unique<AdamW>(parameters, adamw);
   trainer->backprop_ = std::make_unique<Backprop>(
       *trainer->model_, device, carry_from_name(run.train.carry), run.train.segment_tokens);
   return trainer;
@@ -84,14 +92,14 @@ Result<std::unique_ptr<Trainer>> Trainer::make(const RunFile& run) {
 
 Result<StepReport> Trainer::step(double seconds) {
   StepReport report{.step = steps_done_ + 1, .lr = schedule_.rate(steps_done_, seconds)};
-  std::int64_t predictions = 0;
+  double weight = 0;
   for (auto& batch : batches_) {
     EVERLONG_RETURN_IF_ERROR(reader_->next(batch));
-    predictions += batch.predictions();
+    weight += batch.weight();
     report.tokens += batch.rows * batch.tokens;
   }
   // The mean over the step's predictions, however they spread over its batches.
-  const double scale = 1.0 / static_cast<double>(std::max<std::int64_t>(predictions, 1));
+  const double scale = weight > 0 ? 1 / weight : 0;
   at::Tensor nll;
   for (const auto& batch : batches_) {
     const at::Tensor sum = backprop_->run(batch, scale, [&] { optimizer_->take_gradients(); });
@@ -124,7 +132,7 @@ Result<Evaluation> Trainer::evaluate() {
                           run_.train.eval_tokens);
   Batch batch;
   at::Tensor nll;
-  std::int64_t predictions = 0;
+  double weight = 0;
   Status status;
   while (true) {
     const auto more = reader.next(batch);
@@ -132,14 +140,16 @@ Result<Evaluation> Trainer::evaluate() {
     if (!more.ok() || !*more) break;
     const at::Tensor sum = scorer.score(batch);
     nll = nll.defined() ? nll + sum : sum;
-    predictions += batch.predictions();
+    weight += batch.weight();
   }
   model_->train();
   EVERLONG_RETURN_IF_ERROR(status);
-  if (predictions == 0) return evaluation;
+  if (weight == 0) return evaluation;
   const double total = nll.item<double>();
   evaluation.tokens = reader.position();
-  evaluation.loss = total / static_cast<double>(predictions);
+  evaluation.loss = total / weight;
+  evaluation.of_text = !valid_->has_targets();
+  if (!evaluation.of_text) return evaluation;
   const double bytes = static_cast<double>(valid_->bytes()) *
                        static_cast<double>(reader.position()) /
                        static_cast<double>(valid_->tokens());
@@ -148,9 +158,10 @@ Result<Evaluation> Trainer::evaluate() {
 }
 
 Status Trainer::save() const {
-  return save_model(
+  EVERLONG_RETURN_IF_ERROR(save_model(
       model_folder(), *model_,
-      {{"step", std::to_string(steps_done_)}, {"tokens", std::to_string(tokens_done_)}});
+      {{"step", std::to_string(steps_done_)}, {"tokens", std::to_string(tokens_done_)}}));
+  return copy_tokenizer_files(run_.data.path, model_folder());
 }
 
 }  // namespace everlong

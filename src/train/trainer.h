@@ -12,15 +12,18 @@ namespace everlong {
 
 struct StepReport {
   std::int64_t step = 0;  // from 1
-  double loss = 0;        // nats per predicted token, over all batches of the step
+  double loss = 0;        // nats per predicted token, over all batches of the step; weighed where
+                          // the data say how much each counts
   double lr = 0;
   double grad_norm = 0;  // before clipping
   std::int64_t tokens = 0;
 };
 
 struct Evaluation {
-  double loss = 0;           // nats per predicted token
+  double loss = 0;           // nats per predicted token, weighed as in training
   double bits_per_byte = 0;  // of text, the end-of-document tokens' loss included
+  bool of_text =
+      true;  // false: the data have targets of their own, and bits_per_byte means nothing
   std::int64_t tokens = 0;
 };
 

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "data/synthetic.h"
 #include "models/checkpoint.h"
 #include "train/loop.h"
 
@@ -111,6 +112,31 @@ TEST_F(TrainerTest, LearnsToCopyWhatTheLastTokenDoesNotTell) {
   EXPECT_EQ(report->valid->tokens, 20 * 121);
   // 120 predictions and 120 bytes a document.
   EXPECT_NEAR(report->valid->bits_per_byte, report->valid->loss / std::log(2), 1e-9);
+}
+
+// Only questions have targets: whoever looks at the last token alone guesses one symbol of two.
+TEST_F(TrainerTest, LearnsTheTargetsThatTheDataGive) {
+  const auto words = *make_tokenizer("words");
+  const auto filler = *Filler::make(FillerKind::kSentences, *words);
+  SyntheticSettings settings;
+  settings.task = "recall";
+  settings.recall = {.symbols = 2, .first = 0, .last = 5, .questions = 0.5};
+  settings.lengths = {{20, 32}};
+  const auto documents = *SyntheticDocuments::make(settings, *words, filler);
+  const auto data = folder_.path() / "recall";
+  const auto written =
+      write_synthetic(documents, *words, {.train_tokens = 50'000, .valid_documents = 50}, data);
+  ASSERT_TRUE(written.ok()) << written.status().message();
+  auto run = run_file({"model.vocab_size=86", "model.tokenizer=words", "data.packing=documents",
+                       "data.row_tokens=64", "train.steps=120", "train.eval_every=60"});
+  run.data.path = data.string();
+  const auto report = train(run);
+  ASSERT_TRUE(report.ok()) << report.status().message();
+  EXPECT_LT(report->loss, 0.1);
+  ASSERT_TRUE(report->valid.has_value());
+  EXPECT_LT(report->valid->loss, 0.1);  // a guess costs ln 2 = 0.69
+  EXPECT_FALSE(report->valid->of_text);
+  for (const auto& line : log()) EXPECT_FALSE(line.contains("valid_bpb"));
 }
 
 TEST_F(TrainerTest, SameRunFileGivesTheSameLossesBitForBit) {

@@ -116,11 +116,23 @@ class Cli : public testing::Test {
 };
 
 TEST_F(Cli, HelpGoesToStdoutAndShowsAnExampleForEveryCommand) {
-  const std::vector<std::vector<std::string>> commands = {
-      {},         {"data", "fetch"}, {"data", "prepare"},    {"data", "info"},
-      {"train"},  {"generate"},      {"eval", "perplexity"}, {"eval", "baselines"},
-      {"stream"}, {"bench", "op"},   {"bench", "model"},     {"info"},
-      {"report"}};
+  const std::vector<std::vector<std::string>> commands = {{},
+                                                          {"data", "fetch"},
+                                                          {"data", "prepare"},
+                                                          {"data", "info"},
+                                                          {"data", "synthetic"},
+                                                          {"eval", "passkey"},
+                                                          {"eval", "needle"},
+                                                          {"eval", "recall"},
+                                                          {"train"},
+                                                          {"generate"},
+                                                          {"eval", "perplexity"},
+                                                          {"eval", "baselines"},
+                                                          {"stream"},
+                                                          {"bench", "op"},
+                                                          {"bench", "model"},
+                                                          {"info"},
+                                                          {"report"}};
   for (auto command : commands) {
     const std::string name = join(command, " ");
     command.push_back("--help");
@@ -393,6 +405,89 @@ TEST_F(Cli, ReportIsOnePageThatNeedsNothingElse) {
   for (const char* const outside : {"http://", "https://", "<script", "<link", "@import", "nan"})
     EXPECT_EQ(page->find(outside), std::string::npos) << outside;
   EXPECT_EQ(everlong({"report", path("tokens")}).code, 1) << "not a run folder";
+}
+
+// Data, training and measurement of a synthetic task. The model has seen it for a moment only: what
+// is tested is that every figure is there.
+TEST_F(Cli, SyntheticTasksAreMadeTrainedOnAndMeasured) {
+  const Ran made = everlong({"data", "synthetic", "passkey", "--lengths", "60-90", "--tokens", "4K",
+                             "--valid-documents", "5", "--out", path("passkey"), "--json"});
+  ASSERT_EQ(made.code, 0) << made.err;
+  EXPECT_EQ(made.object().at("vocab_size"), 86);
+  ASSERT_EQ(everlong({"data", "info", path("passkey"), "--verify"}).code, 0);
+  const Ran learnt = train(
+      {"--set", "data.path=" + path("passkey"), "--set", "data.packing=documents", "--set",
+       "data.row_tokens=128", "--set", "model.vocab_size=86", "--set", "model.tokenizer=words"},
+      "passkey-run");
+  ASSERT_EQ(learnt.code, 0) << learnt.err;
+  EXPECT_TRUE(learnt.object().contains("valid_loss"));
+  EXPECT_FALSE(learnt.object().contains("valid_bits_per_byte"));
+
+  const Ran passkey = everlong({"eval",
+                                "passkey",
+                                "--model",
+                                path("passkey-run"),
+                                "--lengths",
+                                "60,300",
+                                "--depths",
+                                "0,100",
+                                "--prompts",
+                                "3",
+                                "--local",
+                                "40",
+                                "--jitter",
+                                "4",
+                                "--device",
+                                "cpu",
+                                "--threads",
+                                "1",
+                                "--json",
+                                "--save",
+                                path("passkey.json"),
+                                "--report",
+                                path("passkey.html")});
+  ASSERT_EQ(passkey.code, 0) << passkey.err;
+  const json object = passkey.object();
+  ASSERT_EQ(object.at("cells").size(), 4u);
+  for (const auto& cell : object.at("cells")) {
+    EXPECT_EQ(cell.at("exact").at("trials"), 3);
+    EXPECT_EQ(cell.at("tokens").at("trials"), 15);
+    EXPECT_EQ(cell.at("control").at("exact").at("trials"), 3);
+    EXPECT_GT(cell.at("state_bytes"), 0);
+  }
+  EXPECT_EQ(object.at("tokens"), 2 * 3 * (60 + 300) + 4 * 3 * 40);
+  EXPECT_EQ(json::parse(*read_file(folder / "passkey.json")), object);
+  EXPECT_NE(read_file(folder / "passkey.html")->find("<svg"), std::string::npos);
+
+  const Ran needle = everlong({"eval",      "needle", "--task",    "tracking",
+                               "--hops",    "2",      "--model",   path("passkey-run"),
+                               "--lengths", "200",    "--prompts", "2",
+                               "--device",  "cpu",    "--threads", "1",
+                               "--filler",  "text",   "--text",    path("text/0.txt"),
+                               "--digits",  "9"});
+  ASSERT_EQ(needle.code, 0) << needle.err;
+  EXPECT_NE(needle.out.find("tracking in text: exact "), std::string::npos) << needle.out;
+  const Ran recall =
+      everlong({"eval", "recall", "--model", path("passkey-run"), "--lengths", "64", "--documents",
+                "3", "--chunk", "16", "--device", "cpu", "--threads", "1", "--json"});
+  ASSERT_EQ(recall.code, 0) << recall.err;
+  EXPECT_GT(recall.object().at("rows").at(0).at("right").at("trials"), 3);
+}
+
+TEST_F(Cli, SettingsOfAMechanismCanBeChangedForOneMeasurement) {
+  const auto with = [&](const std::string& setting) {
+    return everlong({"eval", "perplexity", "--model", path("run"), "--data", path("tokens"),
+                     "--tokens", "500", "--device", "cpu", "--threads", "1", "--json", "--set",
+                     setting});
+  };
+  const Ran plain = with("lightning.num_heads=2"), other = with("lightning.slope_rule=paper");
+  ASSERT_EQ(plain.code, 0) << plain.err;
+  ASSERT_EQ(other.code, 0) << other.err;
+  EXPECT_NE(plain.object().at("bits_per_byte"), other.object().at("bits_per_byte"));
+  EXPECT_NE(with("softmax.window=4").err.find("its layers are: lightning"), std::string::npos);
+  EXPECT_EQ(with("lightning.num_heads=5").code, 1);  // the weights do not fit
+  EXPECT_EQ(with("lightning.nonsense=1").code, 1);
+  EXPECT_EQ(with("nonsense").code, 1);
 }
 
 TEST_F(Cli, QuietSaysNothingOnStderr) {

@@ -42,9 +42,18 @@ inline ModelConfig small_minimax() {
   return config;
 }
 
+// Megalodon in small: its own block, whose last norm carries a state too.
+inline ModelConfig small_megalodon() {
+  ModelConfig config = small_config("megalodon", {"megalodon", "megalodon"});
+  config.mechanisms["megalodon"]["chunk_size"] = 8;
+  config.norm_eps = 1e-5;
+  config.rescale_mlp = true;
+  return config;
+}
+
 // Every mechanism alone, and all of them mixed, in both blocks; and a model with experts.
 inline std::vector<ModelConfig> small_configs() {
-  std::vector<ModelConfig> configs = {small_minimax()};
+  std::vector<ModelConfig> configs = {small_minimax(), small_megalodon()};
   for (const char* block : {"transnormer", "llama"}) {
     std::vector<std::string> all;
     for (const Mechanism* mechanism : mechanisms()) {

@@ -2,9 +2,7 @@
 // shared memory, warpgroup products. Source: PTX ISA 8.0 and later; layouts as measured
 // (docs/benchmarks.md).
 //
-// Tiles in shared memory are panels of 64 bf16 columns, rows of 128 bytes, with the 128-byte
-// swizzle: 16-byte piece c of row r lies at r * 128 + ((c ^ r) & 7) * 16. A panel starts at a
-// multiple of 1024 bytes.
+// Tiles in shared memory are panels of 64 or 32 bf16 columns, swizzled: struct Panel.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -18,6 +16,41 @@ inline constexpr int kWarpgroup = 128;  // threads
 __device__ inline std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
+
+// --- tiles in shared memory --------------------------------------------------------------------
+
+// A panel of kColumns columns, 64 with the 128-byte swizzle or 32 with the 64-byte one; it starts
+// at a multiple of 1024 bytes. As an operand of a product it is
+//   K-major: rows of kColumns k, rows = the other index; panels in the order of k;
+//   MN-major: a row for each k, panels of kColumns of the other index.
+// 32: for tensors whose rows are no multiple of 128 bytes. Of a box that reaches past a row's end
+// the copy engine fetches the rest too, and a row of 128 bytes that starts at 64 counts twice.
+template <int kColumns>
+struct Panel {
+  static_assert(kColumns == 64 || kColumns == 32);
+  static constexpr int kRow = 2 * kColumns, kPieces = kRow / 16;  // bytes; 16 bytes each
+
+  static constexpr int of(int columns) { return (columns + kColumns - 1) / kColumns; }
+  // Where 16 bytes of a row lie within their panel.
+  __device__ static int place(int row, int piece) {
+    return row * kRow + (piece ^ (kColumns == 64 ? row : row / 2)) % kPieces * 16;
+  }
+  // panel_bytes, from one panel to the next: MN-major operands alone need it.
+  __device__ static std::uint64_t operand(std::uint32_t address, int panel_bytes = 0) {
+    constexpr std::uint64_t kSwizzle = kColumns == 64 ? 1 : 2;
+    return static_cast<std::uint64_t>((address & 0x3FFFF) >> 4) |
+           static_cast<std::uint64_t>(panel_bytes >> 4) << 16 | std::uint64_t{8 * kRow >> 4} << 32 |
+           kSwizzle << 62;
+  }
+  // From an operand to its i-th 16 k.
+  __device__ static constexpr std::uint64_t by_k(int i, int panel_bytes) {
+    constexpr int kSteps = kColumns / 16;
+    return static_cast<std::uint64_t>((i / kSteps * panel_bytes + i % kSteps * 32) >> 4);
+  }
+  __device__ static constexpr std::uint64_t across_k(int i) {
+    return static_cast<std::uint64_t>(i * 16 * kRow >> 4);
+  }
+};
 
 // --- barriers in shared memory -----------------------------------------------------------------
 
@@ -126,17 +159,6 @@ __device__ inline std::uint32_t times(std::uint32_t a, std::uint32_t b) {  // bo
 
 // --- warpgroup products ------------------------------------------------------------------------
 
-// Where an operand lies. K-major: rows of 64 k; panel_bytes unused; the next 16 k of a panel are
-// 32 bytes further. MN-major: a row for each k, panels of 64 mn, panel_bytes from one to the next;
-// the next 16 k are 2048 bytes further.
-__device__ inline std::uint64_t operand(std::uint32_t address, int panel_bytes = 0) {
-  return static_cast<std::uint64_t>((address & 0x3FFFF) >> 4) |
-         static_cast<std::uint64_t>(panel_bytes >> 4) << 16 | std::uint64_t{1024 >> 4} << 32 |
-         std::uint64_t{1} << 62;
-}
-inline constexpr std::uint64_t kNextK = 32 >> 4;       // to the next 16 k, K-major, within a panel
-inline constexpr std::uint64_t kNextRows = 2048 >> 4;  // MN-major
-
 // Before products that touch registers which code has written.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() {
@@ -148,8 +170,8 @@ __device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// d (+)= A B for 16 k; d is 64 x N, N by its size. A and B as operand() or, A, in registers; a
-// transpose flag of 1 says MN-major. `add` false: d starts anew.
+// d (+)= A B for 16 k; d is 64 x N, N by its size. A and B as Panel::operand() or, A, in registers;
+// a transpose flag of 1 says MN-major. `add` false: d starts anew.
 //   d[4n], d[4n+1]: row 16 warp + lane / 4, columns 8n + 2 (lane % 4), + 1;  d[4n+2], d[4n+3]: 8
 //   rows further
 // Registers of A for 16 k: d[8k .. 8k+7] of an earlier product, packed in pairs.

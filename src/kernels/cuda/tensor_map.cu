@@ -22,7 +22,7 @@ Encode find_encode() {
 
 }  // namespace
 
-Result<CUtensorMap> tiles_of(const ConstTensorView& x, int rows) {
+Result<CUtensorMap> tiles_of(const ConstTensorView& x, int rows, int columns) {
   static const Encode encode = find_encode();
   if (encode == nullptr) return unsupported("CUDA: this driver knows no tensor maps (12.0 needed)");
   if (x.dtype != DType::kBFloat16)
@@ -44,12 +44,15 @@ Result<CUtensorMap> tiles_of(const ConstTensorView& x, int rows) {
     return unsupported(
         "CUDA: tile copies need a base at a multiple of 16 bytes and a contiguous "
         "last dimension");
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(rows), 1, 1}, ones[] = {1, 1, 1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(rows), 1, 1},
+                   ones[] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(x.data), sizes, strides,
-             box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             columns == 64 ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
     return unsupported("CUDA: the tensor [", B, ", ", T, ", ", H, ", ", D,
                        "] cannot be described for tile copies (CUresult ", static_cast<int>(result),

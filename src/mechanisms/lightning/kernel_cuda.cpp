@@ -13,8 +13,11 @@ Status no_cuda() {
 }  // namespace
 
 Status cuda_step(const CudaStep&, void*) { return no_cuda(); }
+Status cuda_ring_step(const CudaRingStep&, void*) { return no_cuda(); }
 Status cuda_forward(const CudaForward&, void*) { return no_cuda(); }
 Status cuda_backward(const CudaBackward&, void*) { return no_cuda(); }
+Status cuda_sweep_forward(const CudaForward&, void*) { return no_cuda(); }
+Status cuda_sweep_backward(const CudaBackward&, void*) { return no_cuda(); }
 void cuda_offsets(std::span<const std::int64_t>, std::span<std::int32_t>) {}
 std::int64_t cuda_workspace_bytes(std::int64_t, std::int64_t, std::int64_t, std::int64_t) {
   return 0;

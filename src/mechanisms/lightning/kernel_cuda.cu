@@ -6,19 +6,12 @@
 #include <algorithm>
 #include <array>
 
-#include "mechanisms/lightning/kernel_cuda.h"
+#include "mechanisms/lightning/kernel_cuda_step.cuh"
 
 namespace everlong::lightning {
 namespace {
 
-struct Rows {
-  const void* data;
-  std::int64_t sequence, head;  // strides in elements
-};
-struct States {
-  float* data;
-  std::int64_t row, head, key;  // strides in elements
-};
+using namespace step;
 
 struct StepLaunch {
   Rows q, k, v, o;
@@ -28,23 +21,6 @@ struct StepLaunch {
   int heads, K, V, column_blocks;
   float scale;
   float slope[kCudaMaxHeads];
-};
-
-// Columns of one CTA: 256 bytes of every state row; 128 and 512 are 2 to 4 % slower. Short pieces
-// of a row leave many CTAs, so that a single session fills the GPU as well. The number does not
-// depend on the batch, hence neither does the order of any sum.
-constexpr int kColumns = 64;
-constexpr int kThreads = 256;
-constexpr int kRowsInFlight = 8;  // loads of a thread before its first store
-
-template <class Element>
-__device__ float load(const Rows& x, std::int64_t offset) {
-  return static_cast<float>(static_cast<const Element*>(x.data)[offset]);
-}
-
-template <int kWidth>
-struct alignas(4 * kWidth) Words {
-  float at[kWidth];
 };
 
 // CTA: (sequence, head, kColumns columns). Lanes hold kWidth columns each, groups of lanes take the
@@ -79,18 +55,9 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
       p.in.data == nullptr ? nullptr : p.in.data + row * p.in.row + head * p.in.head + column;
   float* out = p.out.data + row * p.out.row + head * p.out.head + column;
 
+  if (!mine) in = nullptr;
   Words<kWidth> state[kRowsInFlight];
-  const auto fetch = [&](int first) {
-#pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      const int r = first + i * kGroups;
-      if (in != nullptr && mine && r < p.K)
-        state[i] = *reinterpret_cast<const Words<kWidth>*>(in + r * p.in.key);
-      else
-        state[i] = {};
-    }
-  };
-  fetch(group);  // in flight while q and k are staged
+  fetch(state, in, p.in.key, group, p.K);  // in flight while q and k are staged
   for (int i = threadIdx.x; i < p.K; i += kThreads) {
     q[i] = load<Element>(p.q, q_at + i);
     k[i] = load<Element>(p.k, k_at + i);
@@ -102,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
   __syncthreads();
 
   for (int first = group; first < p.K; first += kRowsInFlight * kGroups) {
-    if (first != group) fetch(first);
+    if (first != group) fetch(state, in, p.in.key, first, p.K);
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
       const int r = first + i * kGroups;
@@ -116,32 +83,15 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
     }
   }
 
-#pragma unroll
-  for (int c = 0; c < kWidth; ++c)
-#pragma unroll
-    for (int apart = kLanes; apart < 32; apart *= 2)
-      sum.at[c] += __shfl_xor_sync(0xffffffffu, sum.at[c], apart);
-  constexpr int kPartial = kThreads / (kLanes > 32 ? kLanes : 32);  // sums left of each column
-  const int part = threadIdx.x / (kLanes > 32 ? kLanes : 32);
-  if (threadIdx.x % 32 < kLanes) {
-#pragma unroll
-    for (int c = 0; c < kWidth; ++c) partial[part * kColumns + lane * kWidth + c] = sum.at[c];
-  }
-  __syncthreads();
+  const float total = sum_of_groups<kThreads>(sum, partial);
   const int last = block * kColumns + static_cast<int>(threadIdx.x);
-  if (threadIdx.x < kColumns && last < p.V) {
-    float total = 0;
-#pragma unroll
-    for (int i = 0; i < kPartial; ++i) total += partial[i * kColumns + threadIdx.x];
-    o[last] = Element(total * p.scale);
-  }
+  if (threadIdx.x < kColumns && last < p.V) o[last] = Element(total * p.scale);
 }
 
 template <class Element>
 cudaError_t launch(const StepLaunch& p, bool wide, std::int64_t blocks, cudaStream_t stream) {
   const auto grid = static_cast<unsigned>(blocks);
-  const std::size_t shared =
-      sizeof(float) * (2 * static_cast<std::size_t>(p.K) + kThreads / 32 * kColumns);
+  const std::size_t shared = sizeof(float) * (2 * static_cast<std::size_t>(p.K) + kPartials);
   if (wide)
     step_kernel<Element, 4><<<grid, kThreads, shared, stream>>>(p);
   else
@@ -192,34 +142,19 @@ Status validate(const CudaStep& call) {
   return {};
 }
 
-// Whether rows of the states can be moved 16 bytes at a time.
-template <class View>
-bool is_wide(const View& x) {
-  const auto& s = x.strides;
-  return !x || (reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.sizes[3] % 4 == 0 &&
-                s[0] % 4 == 0 && s[1] % 4 == 0 && s[2] % 4 == 0);
-}
-
 }  // namespace
 
 Status cuda_step(const CudaStep& call, void* stream) {
   EVERLONG_RETURN_IF_ERROR(validate(call));
   const std::int64_t B = call.q_B1HK.sizes[0], H = call.q_B1HK.sizes[2];
   if (B == 0) return {};
-  const auto rows = [](const ConstTensorView& x) {
-    return Rows{x.data, x.strides[0], x.strides[2]};
-  };
-  const auto states = [](const ConstTensorView& x) {
-    return States{static_cast<float*>(const_cast<void*>(x.data)), x.strides[0], x.strides[1],
-                  x.strides[2]};
-  };
   StepLaunch p;
-  p.q = rows(call.q_B1HK);
-  p.k = rows(call.k_B1HK);
-  p.v = rows(call.v_B1HV);
-  p.o = rows(call.o_B1HV);
-  p.in = states(call.state_in_NHKV);
-  p.out = states(call.state_out_NHKV);
+  p.q = rows_of(call.q_B1HK);
+  p.k = rows_of(call.k_B1HK);
+  p.v = rows_of(call.v_B1HV);
+  p.o = rows_of(call.o_B1HV);
+  p.in = states_of(call.state_in_NHKV);
+  p.out = states_of(call.state_out_NHKV);
   p.slot = call.slot_B;
   p.rows = call.state_out_NHKV.sizes[0];
   p.heads = static_cast<int>(H);

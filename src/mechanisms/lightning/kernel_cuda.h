@@ -37,9 +37,41 @@ struct CudaStep {
 // the batch. Refuses what does not fit, before any work.
 Status cuda_step(const CudaStep& call, void* stream);
 
-// Whole sequences, on Hopper (sm_90) only: the chunk engine of kernel_sm90_engine.cuh. bf16, K and
-// V multiples of 8 up to 128, T >= 1; strides as in kernels/cuda/tensor_map.h. States are fp32 with
-// free strides. Deterministic, bit by bit.
+// One token for each of B sequences, writing states behind: a state is read for every token, but
+// written once in R tokens, when the keys and values that wait in its ring are folded in. With r
+// tokens waiting, of age r .. 1 when the new one (age 0) arrives:
+//   o = scale (lambda^(r+1) S^T q + sum_{i <= r} lambda^(r-i) (q . k_i) v_i)
+// The ring holds what arrived, unrounded; R = 16 halves the traffic of a step, and longer rings
+// lose again what they save.
+inline constexpr std::int64_t kCudaMaxRing = 64, kCudaRingMaxKeyDim = 256;
+
+struct CudaRingStep {
+  // As in CudaStep. q null: nothing arrives and all that waits is folded in; k, v and o are then
+  // not looked at.
+  ConstTensorView q_B1HK, k_B1HK, v_B1HV;
+  TensorView o_B1HV;
+  TensorView state_NHKV;              // fp32, written where a ring is full
+  TensorView keys_NHRK, values_NHRV;  // the rings, of the dtype of k
+  // On the device: tokens in each ring, in [0, R). Not changed: when the step is done the caller
+  // counts one more, and 0 where that makes R (after a fold of all: 0). So a model counts once a
+  // token for all its layers, and a CUDA graph replays.
+  const std::int32_t* waiting_N = nullptr;
+  const std::int64_t* slot_B = nullptr;  // as in CudaStep
+  std::int64_t batch = 0;                // B where q is null
+  std::span<const double> slope_H;
+  double scale = 1.0;
+};
+Status cuda_ring_step(const CudaRingStep& call, void* stream);
+
+// Whole sequences, T >= 1. States are fp32 with free strides. Deterministic, bit by bit. Two
+// kernels take the same calls:
+//   cuda_forward, cuda_backward     the chunk engine of kernel_sm90_engine.cuh: Hopper (sm_90)
+//       alone, bf16, K and V multiples of 8 up to 128; strides as in kernels/cuda/tensor_map.h
+//   cuda_sweep_forward, _backward   kernel_cuda_sweep.cuh: sm_80 and later, bf16, fp16 and fp32,
+//   any
+//       K and V up to kCudaSweepMaxDim, free strides of all dimensions but the last. Every token
+//       counts, whatever `exact` says.
+inline constexpr std::int64_t kCudaSweepMaxDim = 256;
 
 // N sequences packed into B = 1. Empty ones are legal; nothing is written for them, states
 // included.
@@ -66,6 +98,7 @@ struct CudaForward {
   CudaPacking packing = {};
 };
 Status cuda_forward(const CudaForward& call, void* stream);
+Status cuda_sweep_forward(const CudaForward& call, void* stream);
 
 // Gradients of <o, grad_o> + <state_out, grad_state>. Everything is read again and nothing kept by
 // the forward pass; each gradient is written once.
@@ -81,8 +114,9 @@ struct CudaBackward {
   CudaPacking packing = {};
 };
 Status cuda_backward(const CudaBackward& call, void* stream);
+Status cuda_sweep_backward(const CudaBackward& call, void* stream);
 
-// For either, on the current device.
+// For any of them, on the current device.
 std::int64_t cuda_workspace_bytes(std::int64_t sequences, std::int64_t heads, std::int64_t key_dim,
                                   std::int64_t value_dim);
 

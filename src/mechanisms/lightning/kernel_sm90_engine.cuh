@@ -13,20 +13,24 @@ namespace everlong::lightning::engine {
 template <int kKeys, int kValues>
 struct Forward {
   static_assert(kKeys % 32 == 0 && kValues % 32 == 0);
-  static constexpr int kKeyPanels = panels_of(kKeys), kValuePanels = panels_of(kValues);
-  static constexpr int kStateGroups = kKeyPanels;
+  static constexpr int kColumns = panel_columns(kKeys, kValues);  // of a panel
+  using Panel = hopper::Panel<kColumns>;
+  static constexpr int kPanel = kChunk * Panel::kRow, kOutPanel = kOutRows * Panel::kRow;
+  static constexpr int kKeyPanels = Panel::of(kKeys), kValuePanels = Panel::of(kValues);
+  static constexpr int kStateGroups = groups_of(kKeys);
   static constexpr int kThreads = (2 + kStateGroups) * kWarpgroup;
   static constexpr int kKeyTile = kPanel * kKeyPanels, kValueTile = kPanel * kValuePanels;
   static constexpr int kStage = 2 * kKeyTile + kValueTile;  // q, k, v
   // 2 and 3 stages of 48 KB differ by less than 1 %; 144 KB in flight ride out more jitter.
   static constexpr int kStages = kStage > 40 * 1024 ? 3 : kStage > 24 * 1024 ? 4 : 6;
-  static constexpr int kStatePanel = kKeyPanels * 64 * 128;  // all rows of S x 64 columns
+  static constexpr int kStatePanel =
+      groups_of(kKeys) * 64 * Panel::kRow;  // all rows of S x 64 columns
 
   struct Shared {
     alignas(1024) unsigned char stage[kStages][kStage];
     unsigned char state[kValuePanels * kStatePanel];
     unsigned char out[4][kValuePanels * kOutPanel];
-    std::uint64_t full[kStages], empty[kStages], state_full, state_empty, tail;
+    Barriers<kStages> barriers;
   };
 
   struct Maps {
@@ -35,36 +39,31 @@ struct Forward {
 
   __device__ static void copy_tiles(const Maps& maps, const Launch& p, Shared& shared) {
     Ring<kStages> ring;
-    std::uint32_t tail_parity = 0;
-    const bool packed = p.first_chunk != nullptr;
     Walk walk(p);
     for (Segment s; walk.next(s);)
 #pragma unroll 1
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
         unsigned char* const stage = shared.stage[ring.stage];
-        barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+        barrier_wait(&shared.barriers.empty[ring.stage], ring.parity ^ 1);
         const bool computed = chunk >= s.first;
         const int token = s.token + token_of<false>(s, chunk);
-        const auto load = [&](std::uint64_t* full) {
-          unsigned char* to = stage;
-          for (int panel = 0; panel < kKeyPanels; ++panel, to += kPanel) {
-            if (computed) load_box(to, &maps.q, full, panel * 64, token, s.head, s.batch);
-            load_box(to + kKeyTile, &maps.k, full, panel * 64, token, s.head, s.batch);
-          }
-          to += kKeyTile;
-          for (int panel = 0; panel < kValuePanels; ++panel, to += kPanel)
-            load_box(to, &maps.v, full, panel * 64, token, s.head, s.batch);
-        };
-        fill_stage<kStage>(stage, &shared.full[ring.stage], &shared.tail, tail_parity,
-                           computed ? kStage : kKeyTile + kValueTile, length_of<false>(s, chunk),
-                           packed, load);
+        std::uint64_t* const full = shared.barriers.expect(
+            ring.stage, computed ? kStage : kKeyTile + kValueTile, is_tail<false>(p, s, chunk));
+        unsigned char* to = stage;
+        for (int panel = 0; panel < kKeyPanels; ++panel, to += kPanel) {
+          if (computed) load_box(to, &maps.q, full, panel * kColumns, token, s.head, s.batch);
+          load_box(to + kKeyTile, &maps.k, full, panel * kColumns, token, s.head, s.batch);
+        }
+        to += kKeyTile;
+        for (int panel = 0; panel < kValuePanels; ++panel, to += kPanel)
+          load_box(to, &maps.v, full, panel * kColumns, token, s.head, s.batch);
       }
   }
 
   __device__ static void make_output(const Maps& maps, const OutputRows& o, const Launch& p,
                                      Shared& shared) {
     const int lane = lane_of_warp();
-    const std::uint64_t state = operand(shared_address(shared.state), kStatePanel);
+    const std::uint64_t state = Panel::operand(shared_address(shared.state), kStatePanel);
     Ring<kStages> ring;
     std::uint32_t state_parity = 0;
     Walk walk(p);
@@ -76,27 +75,26 @@ struct Forward {
           p.scale * exp2f(rate * static_cast<float>(accumulator_row(0) + 1)),
           p.scale * exp2f(rate * static_cast<float>(accumulator_row(2) + 1))};
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
-        barrier_wait(&shared.full[ring.stage], ring.parity);
+        barrier_wait(&shared.barriers.full[ring.stage], ring.parity);
         if (chunk < s.first) {
-          if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
+          if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
           continue;
         }
         const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
-        const std::uint64_t q = operand(tile), k = operand(tile + kKeyTile),
-                            v = operand(tile + 2 * kKeyTile, kPanel);
+        const std::uint64_t q = Panel::operand(tile), k = Panel::operand(tile + kKeyTile),
+                            v = Panel::operand(tile + 2 * kKeyTile, kPanel);
         float scores[kChunk / 2], sum[kValues / 2];
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kKeys / 16; ++i) {
-          const std::uint64_t at = i / 4 * (kPanel >> 4) + i % 4 * kNextK;
+          const std::uint64_t at = Panel::by_k(i, kPanel);
           wgmma<0, 0>(scores, q + at, k + at, i > 0);
         }
         wgmma_commit();
-        barrier_wait(&shared.state_full, state_parity);
+        barrier_wait(&shared.barriers.state_full, state_parity);
 #pragma unroll
         for (int i = 0; i < kKeys / 16; ++i)
-          wgmma<0, 1>(sum, q + i / 4 * (kPanel >> 4) + i % 4 * kNextK, state + i * kNextRows,
-                      i > 0);
+          wgmma<0, 1>(sum, q + Panel::by_k(i, kPanel), state + Panel::across_k(i), i > 0);
         wgmma_commit();
         wgmma_wait<1>();  // the mask hides under Q S
         settle(scores);
@@ -104,20 +102,21 @@ struct Forward {
         mask_scores(weights, scores, decay);
         wgmma_wait<0>();
         settle(sum);
-        if (lane == 0) barrier_arrive(&shared.state_empty);
+        if (lane == 0) barrier_arrive(&shared.barriers.state_empty);
         state_parity ^= 1;
 #pragma unroll
         for (int i = 0; i < kValues / 2; ++i) sum[i] *= from_state[i % 4 / 2];
         settle(sum);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kChunk / 16; ++i) wgmma<1>(sum, weights[i], v + i * kNextRows, true);
+        for (int i = 0; i < kChunk / 16; ++i)
+          wgmma<1>(sum, weights[i], v + Panel::across_k(i), true);
         wgmma_commit();
         wgmma_wait<0>();
         settle(sum);
-        if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
-        store_rows(sum, shared.out[warp_of_group()], maps.o, o, p.V, p.first_chunk != nullptr,
-                   token_of<false>(s, chunk), s);
+        if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
+        store_rows<Panel>(sum, shared.out[warp_of_group()], maps.o, o, p.V,
+                          p.first_chunk != nullptr, token_of<false>(s, chunk), s);
       }
     }
     if (lane == 0) store_wait_read();
@@ -127,7 +126,7 @@ struct Forward {
   __device__ static void carry_state(const Launch& p, Shared& shared, int group) {
     const int lane = lane_of_warp(), first_row = group * 64;
     const std::uint32_t copy =
-        shared_address(shared.state) + (first_row + warp_of_group() * 16) * 128;
+        shared_address(shared.state) + (first_row + warp_of_group() * 16) * Panel::kRow;
     Ring<kStages> ring;
     std::uint32_t state_parity = 1;
     Walk walk(p);
@@ -137,20 +136,20 @@ struct Forward {
       Weights<false> weights;
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
         if (chunk >= s.first) {
-          barrier_wait(&shared.state_empty, state_parity);
+          barrier_wait(&shared.barriers.state_empty, state_parity);
           state_parity ^= 1;
-          write_tile(sum, copy, kStatePanel);
+          write_tile<Panel>(sum, copy, kStatePanel);
           shared_writes_fence();
           __syncwarp();
-          if (lane == 0) barrier_arrive(&shared.state_full);
+          if (lane == 0) barrier_arrive(&shared.barriers.state_full);
         }
         weights.fit(length_of<false>(s, chunk), s.slope, p.scale);
-        barrier_wait(&shared.full[ring.stage], ring.parity);
+        barrier_wait(&shared.barriers.full[ring.stage], ring.parity);
         const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
-        add_chunk(sum, weights, tile + kKeyTile + group * kPanel,
-                  operand(tile + 2 * kKeyTile, kPanel));
+        add_chunk<Panel>(sum, weights, tile + kKeyTile, first_row,
+                         Panel::operand(tile + 2 * kKeyTile, kPanel));
         __syncwarp();  // every lane has read
-        if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
+        if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
       }
       write_state(sum, end_of(p, s), first_row, p);
     }
@@ -159,21 +158,15 @@ struct Forward {
   __device__ static void run(const Maps& maps, const OutputRows& o, const Launch& p,
                              Shared& shared) {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) {
-        barrier_init(&shared.full[i], 1);
-        barrier_init(&shared.empty[i], 4 * (1 + kStateGroups));  // warps that read a stage
-      }
-      barrier_init(&shared.state_full, 4 * kStateGroups);
-      barrier_init(&shared.state_empty, 4);
-      barrier_init(&shared.tail, 1);
-      barrier_init_fence();
+      shared.barriers.init(4 * (1 + kStateGroups), 4 * kStateGroups, 4);
     }
     __syncthreads();
     // Uniform for the compiler too, else it serialises the products.
     const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     if (role == 0) {
       registers_down<24>();
-      if (threadIdx.x < 32) copy_tiles(maps, p, shared);
+      if (threadIdx.x == 0) copy_tiles(maps, p, shared);
+      if (threadIdx.x / 32 == 1) clear_tails<false, Panel>(p, shared.stage, shared.barriers);
     } else if (role == 1) {
       registers_up<kStateGroups == 2 ? 184 : 240>();
       make_output(maps, o, p, shared);
@@ -185,7 +178,7 @@ struct Forward {
 };
 
 template <int kKeys, int kValues>
-__global__ void __launch_bounds__((2 + panels_of(kKeys)) * kWarpgroup, 1)
+__global__ void __launch_bounds__((2 + groups_of(kKeys)) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
                    const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap o,
                    const __grid_constant__ OutputRows o_rows, const __grid_constant__ Launch p) {

@@ -14,21 +14,24 @@ namespace everlong::lightning::engine {
 template <int kKeys, int kValues>
 struct Gradients {
   static_assert(kKeys % 32 == 0 && kValues % 32 == 0);
-  static constexpr int kKeyPanels = panels_of(kKeys), kValuePanels = panels_of(kValues);
+  static constexpr int kColumns = panel_columns(kKeys, kValues);  // of a panel
+  using Panel = hopper::Panel<kColumns>;
+  static constexpr int kPanel = kChunk * Panel::kRow, kOutPanel = kOutRows * Panel::kRow;
+  static constexpr int kKeyPanels = Panel::of(kKeys), kValuePanels = Panel::of(kValues);
   static constexpr int kThreads = 4 * kWarpgroup;
   static constexpr int kKeyTile = kPanel * kKeyPanels, kValueTile = kPanel * kValuePanels;
   // q, k, v, dO
   static constexpr int kK = kKeyTile, kV = 2 * kKeyTile, kGradO = kV + kValueTile,
                        kStage = kGradO + kValueTile;
   static constexpr int kStages = kStage > 48 * 1024 ? 2 : kStage > 32 * 1024 ? 3 : 4;
-  static constexpr int kStatePanel = kKeyPanels * 64 * 128;
+  static constexpr int kStatePanel = groups_of(kKeys) * 64 * Panel::kRow;
 
   struct Shared {
     alignas(1024) unsigned char stage[kStages][kStage];
     unsigned char state[kValuePanels * kStatePanel];
     unsigned char grad_v[4][kValuePanels * kOutPanel];
     unsigned char grad_k[4][kKeyPanels * kOutPanel];
-    std::uint64_t full[kStages], empty[kStages], state_full, state_empty, tail;
+    Barriers<kStages> barriers;
   };
 
   struct Maps {
@@ -37,30 +40,26 @@ struct Gradients {
 
   __device__ static void copy_tiles(const Maps& maps, const Launch& p, Shared& shared) {
     Ring<kStages> ring;
-    std::uint32_t tail_parity = 0;
-    const bool packed = p.first_chunk != nullptr;
     Walk walk(p);
     for (Segment s; walk.next(s);)
 #pragma unroll 1
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
         unsigned char* const stage = shared.stage[ring.stage];
-        barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
+        barrier_wait(&shared.barriers.empty[ring.stage], ring.parity ^ 1);
         const bool computed = chunk >= s.first;
         const int token = s.token + token_of<true>(s, chunk);
-        const auto load = [&](std::uint64_t* full) {
-          const auto tile = [&](int at, const CUtensorMap& map, int panels) {
-            for (int panel = 0; panel < panels; ++panel)
-              load_box(stage + at + panel * kPanel, &map, full, panel * 64, token, s.head, s.batch);
-          };
-          tile(0, maps.q, kKeyPanels);
-          tile(kGradO, maps.grad_o, kValuePanels);
-          if (!computed) return;
-          tile(kK, maps.k, kKeyPanels);
-          tile(kV, maps.v, kValuePanels);
+        std::uint64_t* const full = shared.barriers.expect(
+            ring.stage, computed ? kStage : kKeyTile + kValueTile, is_tail<true>(p, s, chunk));
+        const auto tile = [&](int at, const CUtensorMap& map, int panels) {
+          for (int panel = 0; panel < panels; ++panel)
+            load_box(stage + at + panel * kPanel, &map, full, panel * kColumns, token, s.head,
+                     s.batch);
         };
-        fill_stage<kStage>(stage, &shared.full[ring.stage], &shared.tail, tail_parity,
-                           computed ? kStage : kKeyTile + kValueTile, length_of<true>(s, chunk),
-                           packed, load);
+        tile(0, maps.q, kKeyPanels);
+        tile(kGradO, maps.grad_o, kValuePanels);
+        if (!computed) continue;
+        tile(kK, maps.k, kKeyPanels);
+        tile(kV, maps.v, kValuePanels);
       }
   }
 
@@ -73,7 +72,7 @@ struct Gradients {
     constexpr int kX = kIsKeyGradient ? kV : kK, kY = kIsKeyGradient ? kGradO : 0,
                   kZ = kIsKeyGradient ? 0 : kGradO;
     const int lane = lane_of_warp();
-    const std::uint64_t state = operand(shared_address(shared.state), kStatePanel);
+    const std::uint64_t state = Panel::operand(shared_address(shared.state), kStatePanel);
     Ring<kStages> ring;
     std::uint32_t state_parity = 0;
     Walk walk(p);
@@ -82,30 +81,30 @@ struct Gradients {
       float decay[kChunk / 2];
       fill_decay<true>(decay, p.scale, rate);
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
-        barrier_wait(&shared.full[ring.stage], ring.parity);
+        barrier_wait(&shared.barriers.full[ring.stage], ring.parity);
         if (chunk < s.first) {
-          if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
+          if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
           continue;
         }
         const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
-        const std::uint64_t x = operand(tile + kX), y = operand(tile + kY),
-                            z = operand(tile + kZ, kPanel);
+        const std::uint64_t x = Panel::operand(tile + kX), y = Panel::operand(tile + kY),
+                            z = Panel::operand(tile + kZ, kPanel);
         float scores[kChunk / 2], sum[kOut / 2];
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kIn / 16; ++i) {
-          const std::uint64_t at = i / 4 * (kPanel >> 4) + i % 4 * kNextK;
+          const std::uint64_t at = Panel::by_k(i, kPanel);
           wgmma<0, 0>(scores, x + at, y + at, i > 0);
         }
         wgmma_commit();
-        barrier_wait(&shared.state_full, state_parity);
+        barrier_wait(&shared.barriers.state_full, state_parity);
 #pragma unroll
         for (int i = 0; i < kIn / 16; ++i) {
-          const std::uint64_t at = i / 4 * (kPanel >> 4) + i % 4 * kNextK;
+          const std::uint64_t at = Panel::by_k(i, kPanel);
           if constexpr (kIsKeyGradient)
-            wgmma<0, 0>(sum, x + at, state + i / 4 * (kStatePanel >> 4) + i % 4 * kNextK, i > 0);
+            wgmma<0, 0>(sum, x + at, state + Panel::by_k(i, kStatePanel), i > 0);
           else
-            wgmma<0, 1>(sum, x + at, state + i * kNextRows, i > 0);
+            wgmma<0, 1>(sum, x + at, state + Panel::across_k(i), i > 0);
         }
         wgmma_commit();
         wgmma_wait<1>();
@@ -114,7 +113,7 @@ struct Gradients {
         mask_scores(weights, scores, decay);
         wgmma_wait<0>();
         settle(sum);
-        if (lane == 0) barrier_arrive(&shared.state_empty);
+        if (lane == 0) barrier_arrive(&shared.barriers.state_empty);
         state_parity ^= 1;
         // Rows past the end come to nothing: their a is 1, their x is zero.
         const int left = length_of<true>(s, chunk) - 1;
@@ -126,13 +125,14 @@ struct Gradients {
         settle(sum);
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kChunk / 16; ++i) wgmma<1>(sum, weights[i], z + i * kNextRows, true);
+        for (int i = 0; i < kChunk / 16; ++i)
+          wgmma<1>(sum, weights[i], z + Panel::across_k(i), true);
         wgmma_commit();
         wgmma_wait<0>();
         settle(sum);
-        if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
-        store_rows(sum, staged, out, rows, kIsKeyGradient ? p.K : p.V, p.first_chunk != nullptr,
-                   token_of<true>(s, chunk), s);
+        if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
+        store_rows<Panel>(sum, staged, out, rows, kIsKeyGradient ? p.K : p.V,
+                          p.first_chunk != nullptr, token_of<true>(s, chunk), s);
       }
     }
     if (lane == 0) store_wait_read();
@@ -141,7 +141,7 @@ struct Gradients {
   __device__ static void carry_state(const Launch& p, Shared& shared) {
     constexpr bool kTwo = kKeys > 64;
     const int lane = lane_of_warp();
-    const std::uint32_t copy = shared_address(shared.state) + warp_of_group() * 16 * 128;
+    const std::uint32_t copy = shared_address(shared.state) + warp_of_group() * 16 * Panel::kRow;
     Ring<kStages> ring;
     std::uint32_t state_parity = 1;
     Walk walk(p);
@@ -153,22 +153,22 @@ struct Gradients {
       Weights<true> weights;
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
         if (chunk >= s.first) {
-          barrier_wait(&shared.state_empty, state_parity);
+          barrier_wait(&shared.barriers.state_empty, state_parity);
           state_parity ^= 1;
-          write_tile(low, copy, kStatePanel);
-          if constexpr (kTwo) write_tile(high, copy + kPanel, kStatePanel);
+          write_tile<Panel>(low, copy, kStatePanel);
+          if constexpr (kTwo) write_tile<Panel>(high, copy + 64 * Panel::kRow, kStatePanel);
           shared_writes_fence();
           __syncwarp();
-          if (lane == 0) barrier_arrive(&shared.state_full);
+          if (lane == 0) barrier_arrive(&shared.barriers.state_full);
         }
         weights.fit(length_of<true>(s, chunk), s.slope, p.scale);
-        barrier_wait(&shared.full[ring.stage], ring.parity);
+        barrier_wait(&shared.barriers.full[ring.stage], ring.parity);
         const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
-        const std::uint64_t grad_o = operand(tile + kGradO, kPanel);
-        add_chunk(low, weights, tile, grad_o);
-        if constexpr (kTwo) add_chunk(high, weights, tile + kPanel, grad_o);
+        const std::uint64_t grad_o = Panel::operand(tile + kGradO, kPanel);
+        add_chunk<Panel>(low, weights, tile, 0, grad_o);
+        if constexpr (kTwo) add_chunk<Panel>(high, weights, tile, 64, grad_o);
         __syncwarp();  // every lane has read
-        if (lane == 0) barrier_arrive(&shared.empty[ring.stage]);
+        if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
       }
       const StateRows to = end_of(p, s);
       write_state(low, to, 0, p);
@@ -179,20 +179,14 @@ struct Gradients {
   __device__ static void run(const Maps& maps, const OutputRows& grad_k, const OutputRows& grad_v,
                              const Launch& p, Shared& shared) {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) {
-        barrier_init(&shared.full[i], 1);
-        barrier_init(&shared.empty[i], 12);  // warps that read a stage
-      }
-      barrier_init(&shared.state_full, 4);
-      barrier_init(&shared.state_empty, 8);
-      barrier_init(&shared.tail, 1);
-      barrier_init_fence();
+      shared.barriers.init(12, 4, 8);
     }
     __syncthreads();
     const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     if (role == 0) {
       registers_down<24>();
-      if (threadIdx.x < 32) copy_tiles(maps, p, shared);
+      if (threadIdx.x == 0) copy_tiles(maps, p, shared);
+      if (threadIdx.x / 32 == 1) clear_tails<true, Panel>(p, shared.stage, shared.barriers);
     } else if (role == 1) {
       registers_up<152>();
       make_gradient<false>(maps.grad_v, grad_v, shared.grad_v[warp_of_group()], p, shared);

@@ -123,7 +123,11 @@ std::string LightningLayer::path(at::Device device) const {
     const std::string why =
         why_not_engine(device, out_proj_->weight().scalar_type(), settings_.num_heads,
                        settings_.key_dim(), settings_.head_dim);
-    return why.empty() ? "Hopper kernel" : cat("composite (ATen); not the Hopper kernel: ", why);
+    if (why.empty()) return "Hopper kernel";
+    const bool sweeps =
+        takes_cuda_sweep(device, out_proj_->weight().scalar_type(), settings_.num_heads,
+                         settings_.key_dim(), settings_.head_dim);
+    return cat(sweeps ? "CUDA sweep" : "composite (ATen)", "; not the Hopper kernel: ", why);
   }
   if (!device.is_cpu()) return "composite (ATen)";
   const auto options = out_proj_->weight().options().requires_grad(false).device(device);

@@ -182,7 +182,7 @@ Attention rows_or_packed(const Tensor& q, const Tensor& k, const Tensor& v, cons
 }
 
 bool takes_cpu_kernel(const Tensor& q, const Tensor& k, const Tensor& v, Path path) {
-  if (path == Path::kComposite) return false;
+  if (path == Path::kComposite || (path == Path::kAuto && !q.device().is_cpu())) return false;
   const Status status = check_cpu_kernel(q, k, v);
   if (path == Path::kCpu) throw_if_error(status);
   return status.ok();
@@ -191,9 +191,12 @@ bool takes_cpu_kernel(const Tensor& q, const Tensor& k, const Tensor& v, Path pa
 }  // namespace
 
 std::string_view path_taken(const Tensor& q, const Tensor& k, const Tensor& v, Path path) {
-  if (path == Path::kAuto &&
-      why_not_engine(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)).empty())
-    return "cuda";
+  if (path == Path::kAuto && q.is_cuda()) {
+    if (why_not_engine(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)).empty())
+      return "cuda";
+    if (takes_cuda_sweep(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)))
+      return "cuda sweep";
+  }
   return takes_cpu_kernel(q, k, v, path) ? "cpu" : "composite";
 }
 
@@ -201,11 +204,10 @@ Attention decay_linear_attention(const Tensor& q, const Tensor& k, const Tensor&
                                  const Decay& decay, at::IntArrayRef cu_seqlens,
                                  const std::optional<Tensor>& state_in, Path path) {
   throw_if_error(check_arguments(q, k, v, decay, cu_seqlens, state_in));
-  const bool by_kernel = takes_cpu_kernel(q, k, v, path);
-  if (by_kernel && q.size(1) > 0)
-    return attention_by_cpu_kernel(q, k, v, decay, cu_seqlens, state_in);
   if (path == Path::kAuto && q.is_cuda() && q.size(1) > 0)
     if (const auto result = try_cuda(q, k, v, decay, cu_seqlens, state_in)) return *result;
+  if (takes_cpu_kernel(q, k, v, path) && q.size(1) > 0)
+    return attention_by_cpu_kernel(q, k, v, decay, cu_seqlens, state_in);
   const std::int64_t N =
       cu_seqlens.empty() ? q.size(0) : static_cast<std::int64_t>(cu_seqlens.size()) - 1;
   const auto options = q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);

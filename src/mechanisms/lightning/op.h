@@ -41,8 +41,9 @@ Attention decay_linear_attention(const at::Tensor& q_BTHK, const at::Tensor& k_B
                                  const std::optional<at::Tensor>& state_NHKV = std::nullopt,
                                  Path path = Path::kAuto);
 
-// The path that decay_linear_attention takes for several of these tokens: "cpu", "cuda" (Hopper) or
-// "composite". One token without gradients takes a CUDA kernel on sm_80 as well.
+// The path that decay_linear_attention takes for several of these tokens: "cpu", "cuda" (Hopper's
+// chunk engine), "cuda sweep" (sm_80 and later) or "composite". One token without gradients takes a
+// CUDA kernel of its own.
 std::string_view path_taken(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK,
                             const at::Tensor& v_BTHV, Path path = Path::kAuto);
 

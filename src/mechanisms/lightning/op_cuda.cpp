@@ -10,6 +10,7 @@
 
 #include "kernels/cuda/device.h"
 #include "mechanisms/lightning/kernel_cuda.h"
+#include "ops/kernel_call.h"
 
 namespace everlong::lightning {
 namespace {
@@ -32,38 +33,16 @@ int capability(at::Device device) {
   return std::max(known[index], 0);
 }
 
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kFloat:
-      return DType::kFloat32;
-    default:
-      return DType::kFloat64;
-  }
-}
-TensorView view(const Tensor& x) {
-  if (!x.defined()) return {};
-  return {x.mutable_data_ptr(),
-          dtype_of(x),
-          {x.size(0), x.size(1), x.size(2), x.size(3)},
-          {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
-}
-ConstTensorView const_view(const Tensor& x) {
-  if (!x.defined()) return {};
-  return {x.const_data_ptr(),
-          dtype_of(x),
-          {x.size(0), x.size(1), x.size(2), x.size(3)},
-          {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
+// The machine code of this build: sm_80, which serves all of its generation, and sm_90.
+bool runs_here(at::Device device) {
+  const int sm = capability(device);
+  return sm / 10 == 8 || sm == 90;
 }
 
 void* current_stream(at::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-Tensor dense(const Tensor& x) { return !x.defined() || x.stride(3) == 1 ? x : x.contiguous(); }
 // 0: the sequences are not all of one length.
 std::int64_t equal_length(at::IntArrayRef cu_seqlens) {
   if (cu_seqlens.empty()) return 0;
@@ -88,8 +67,9 @@ void* data_of(const Tensor& workspace) {
 }
 
 // Everything of a call besides its tensors.
-struct EngineJob {
+struct Job {
   Decay decay;
+  bool on_hopper = false;  // the chunk engine, else the sweep
   std::vector<std::int64_t> cu_seqlens = {};
   Tensor offsets = {};  // of them, on the device
 
@@ -110,8 +90,8 @@ struct EngineJob {
   }
 };
 
-EngineJob make_job(const Decay& decay, at::IntArrayRef cu_seqlens, at::Device device) {
-  EngineJob job{decay, cu_seqlens.vec()};
+Job make_job(const Decay& decay, bool on_hopper, at::IntArrayRef cu_seqlens, at::Device device) {
+  Job job{decay, on_hopper, cu_seqlens.vec()};
   if (cu_seqlens.empty()) return job;
   const Tensor offsets =
       at::empty({2 * static_cast<std::int64_t>(cu_seqlens.size())}, at::TensorOptions(at::kInt));
@@ -123,82 +103,104 @@ EngineJob make_job(const Decay& decay, at::IntArrayRef cu_seqlens, at::Device de
 
 Attention run_step(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& decay,
                    const Tensor& state) {
-  const Attention out{at::empty(v.sizes(), v.options()), EngineJob{decay}.new_states(state, q, v)};
+  const Attention out{at::empty(v.sizes(), v.options()), Job{decay}.new_states(state, q, v)};
   CudaStep call;
-  call.q_B1HK = const_view(q);
-  call.k_B1HK = const_view(k);
-  call.v_B1HV = const_view(v);
-  call.o_B1HV = view(out.o_BTHV);
-  call.state_in_NHKV = const_view(state);
-  call.state_out_NHKV = view(out.state_NHKV);
+  call.q_B1HK = input_view(q);
+  call.k_B1HK = input_view(k);
+  call.v_B1HV = input_view(v);
+  call.o_B1HV = output_view(out.o_BTHV);
+  call.state_in_NHKV = input_view(state);
+  call.state_out_NHKV = output_view(out.state_NHKV);
   call.slope_H = decay.slope();
   call.scale = decay.scale();
   throw_if_error(cuda_step(call, current_stream(q.device())));
   return out;
 }
 
-Attention run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const EngineJob& job,
+Attention run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Job& job,
                       const Tensor& state) {
   const Attention out{at::empty(v.sizes(), v.options()), job.new_states(state, q, v)};
   const Tensor workspace = workspace_for(q, v);
   CudaForward call;
-  call.q_BTHK = const_view(q);
-  call.k_BTHK = const_view(k);
-  call.v_BTHV = const_view(v);
-  call.o_BTHV = view(out.o_BTHV);
-  call.state_in_NHKV = const_view(state);
-  call.state_out_NHKV = view(out.state_NHKV);
+  call.q_BTHK = input_view(q);
+  call.k_BTHK = input_view(k);
+  call.v_BTHV = input_view(v);
+  call.o_BTHV = output_view(out.o_BTHV);
+  call.state_in_NHKV = input_view(state);
+  call.state_out_NHKV = output_view(out.state_NHKV);
   call.slope_H = job.decay.slope();
   call.scale = job.decay.scale();
   call.workspace = data_of(workspace);
   call.packing = job.packing();
-  throw_if_error(cuda_forward(call, current_stream(q.device())));
+  throw_if_error(
+      (job.on_hopper ? cuda_forward : cuda_sweep_forward)(call, current_stream(q.device())));
   return out;
 }
 
-// Keeps its inputs and nothing else.
-struct EngineForm : torch::autograd::Function<EngineForm> {
-  struct Holder : torch::CustomClassHolder {
-    explicit Holder(EngineJob job_in) : job(std::move(job_in)) {}
-    EngineJob job;
+Status check_rings(const Rings& rings) {
+  const auto on_gpu = [&](const Tensor& x) {
+    return x.defined() && x.is_cuda() && x.device() == rings.state_NHKV.device();
   };
+  const auto is_list = [](const Tensor& x, at::ScalarType dtype, std::int64_t size) {
+    return x.dim() == 1 && x.scalar_type() == dtype && x.is_contiguous() &&
+           (size < 0 || x.size(0) == size);
+  };
+  for (const Tensor* x : {&rings.state_NHKV, &rings.keys_NHRK, &rings.values_NHRV})
+    if (!on_gpu(*x) || x->dim() != 4)
+      return invalid_argument(
+          "lightning: a step with rings needs the state and both rings, four dimensions each, on "
+          "one GPU; elsewhere take single tokens by decay_linear_attention");
+  const std::int64_t N = rings.state_NHKV.size(0);
+  if (!on_gpu(rings.waiting_N) || !is_list(rings.waiting_N, at::kInt, N))
+    return invalid_argument("lightning: waiting must hold ", N,
+                            " int32 numbers, one for each state, on the GPU");
+  if (rings.slot_B.defined() && (!on_gpu(rings.slot_B) || !is_list(rings.slot_B, at::kLong, -1)))
+    return invalid_argument("lightning: slots are int64 numbers [B] on the GPU");
+  return {};
+}
 
+// Keeps its inputs and nothing else.
+struct KernelForm : torch::autograd::Function<KernelForm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
-                               const Tensor& v, const Tensor& known,
-                               const c10::intrusive_ptr<Holder>& holder) {
+                               const Tensor& v, const Tensor& known, const Job& job) {
     const Tensor state = known.numel() == 0 ? Tensor() : known;
     ctx->save_for_backward({q, k, v, state});
-    ctx->saved_data["job"] = c10::IValue::make_capsule(holder);
-    const Attention out = run_forward(q, k, v, holder->job, state);
+    ctx->saved_data["job"] = hold(job);
+    // Nobody looks at the final state in training: its gradient stays absent instead of zeros that
+    // would be written and read (128 sequences of 32 heads: 0.5 GB).
+    ctx->set_materialize_grads(false);
+    const Attention out = run_forward(q, k, v, job, state);
     return {out.o_BTHV, out.state_NHKV};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto capsule = ctx->saved_data["job"].toCapsule();
-    const EngineJob& job = static_cast<const Holder&>(*capsule).job;
+    const auto job = held<Job>(ctx->saved_data["job"]);
     const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &state = saved[3];
     const c10::DeviceGuard guard(q.device());
-    const Tensor grad_o = for_tiles(grads[0]), workspace = workspace_for(q, v);
+    const Tensor incoming = grads[0].defined() ? grads[0] : at::zeros(v.sizes(), v.options());
+    const Tensor grad_o = job.on_hopper ? for_tiles(incoming) : with_plain_rows(incoming);
+    const Tensor workspace = workspace_for(q, v);
     const Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty_like(grad_q),
                  grad_v = at::empty(v.sizes(), v.options()),
                  grad_state = state.defined() ? job.new_states(grads[1], q, v) : Tensor();
     CudaBackward call;
-    call.q_BTHK = const_view(q);
-    call.k_BTHK = const_view(k);
-    call.v_BTHV = const_view(v);
-    call.grad_o_BTHV = const_view(grad_o);
-    call.state_in_NHKV = const_view(state);
-    call.grad_state_NHKV = const_view(grads[1]);
-    call.grad_q_BTHK = view(grad_q);
-    call.grad_k_BTHK = view(grad_k);
-    call.grad_v_BTHV = view(grad_v);
-    call.grad_state_in_NHKV = view(grad_state);
+    call.q_BTHK = input_view(q);
+    call.k_BTHK = input_view(k);
+    call.v_BTHV = input_view(v);
+    call.grad_o_BTHV = input_view(grad_o);
+    call.state_in_NHKV = input_view(state);
+    call.grad_state_NHKV = input_view(grads[1]);
+    call.grad_q_BTHK = output_view(grad_q);
+    call.grad_k_BTHK = output_view(grad_k);
+    call.grad_v_BTHV = output_view(grad_v);
+    call.grad_state_in_NHKV = output_view(grad_state);
     call.slope_H = job.decay.slope();
     call.scale = job.decay.scale();
     call.workspace = data_of(workspace);
     call.packing = job.packing();
-    throw_if_error(cuda_backward(call, current_stream(q.device())));
+    throw_if_error(
+        (job.on_hopper ? cuda_backward : cuda_sweep_backward)(call, current_stream(q.device())));
     return {grad_q, grad_k, grad_v, grad_state, Tensor()};
   }
 };
@@ -216,6 +218,12 @@ std::string why_not_engine(at::Device device, at::ScalarType dtype, std::int64_t
   return {};
 }
 
+bool takes_cuda_sweep(at::Device device, at::ScalarType dtype, std::int64_t heads,
+                      std::int64_t key_dim, std::int64_t value_dim) {
+  return device.is_cuda() && runs_here(device) && dtype != at::kDouble && heads <= kCudaMaxHeads &&
+         key_dim <= kCudaSweepMaxDim && value_dim <= kCudaSweepMaxDim;
+}
+
 std::optional<Attention> try_cuda(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                   const Decay& decay, at::IntArrayRef cu_seqlens,
                                   const std::optional<Tensor>& state_in) {
@@ -228,19 +236,23 @@ std::optional<Attention> try_cuda(const Tensor& q_in, const Tensor& k_in, const 
                              (q_in.requires_grad() || k_in.requires_grad() ||
                               v_in.requires_grad() || (state.defined() && state.requires_grad()));
   const c10::DeviceGuard guard(q_in.device());
-  const int sm = capability(q_in.device());
-  if (cu_seqlens.empty() && q_in.size(1) == 1 && !differentiate && (sm / 10 == 8 || sm == 90) &&
+  if (cu_seqlens.empty() && q_in.size(1) == 1 && !differentiate && runs_here(q_in.device()) &&
       heads <= kCudaMaxHeads && K <= kCudaMaxKeyDim)
-    return run_step(dense(q_in), dense(k_in), dense(v_in), decay, dense(state));
-  if (!why_not_engine(q_in.device(), q_in.scalar_type(), heads, K, V).empty()) return std::nullopt;
+    return run_step(with_plain_rows(q_in), with_plain_rows(k_in), with_plain_rows(v_in), decay,
+                    with_plain_rows(state));
+  const bool on_hopper = why_not_engine(q_in.device(), q_in.scalar_type(), heads, K, V).empty();
+  if (!on_hopper && !takes_cuda_sweep(q_in.device(), q_in.scalar_type(), heads, K, V))
+    return std::nullopt;
 
   // Packed sequences of one length are rows.
   const std::int64_t length = equal_length(cu_seqlens);
   const auto ready = [&](const Tensor& x) {
-    return for_tiles(length > 0 ? x.view({-1, length, x.size(2), x.size(3)}) : x);
+    const Tensor rows = length > 0 ? x.view({-1, length, x.size(2), x.size(3)}) : x;
+    return on_hopper ? for_tiles(rows) : with_plain_rows(rows);
   };
   const Tensor q = ready(q_in), k = ready(k_in), v = ready(v_in);
-  EngineJob job = make_job(decay, length > 0 ? at::IntArrayRef() : cu_seqlens, q.device());
+  const Job job =
+      make_job(decay, on_hopper, length > 0 ? at::IntArrayRef() : cu_seqlens, q.device());
   if (!differentiate) {
     Attention out = run_forward(q, k, v, job, state);
     out.o_BTHV = out.o_BTHV.view(v_in.sizes());
@@ -248,9 +260,32 @@ std::optional<Attention> try_cuda(const Tensor& q_in, const Tensor& k_in, const 
   }
   // Autograd wants a tensor that is there: an empty one stands for no state.
   const Tensor known = state.defined() ? state : at::empty({0}, q.options().dtype(at::kFloat));
-  const auto results =
-      EngineForm::apply(q, k, v, known, c10::make_intrusive<EngineForm::Holder>(std::move(job)));
+  const auto results = KernelForm::apply(q, k, v, known, job);
   return Attention{results[0].view(v_in.sizes()), results[1]};
+}
+
+Tensor step_with_rings(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& decay,
+                       const Rings& rings) {
+  throw_if_error(check_rings(rings));
+  const c10::DeviceGuard guard(rings.state_NHKV.device());
+  const bool arrives = q.defined();
+  const Tensor o = arrives ? at::empty(v.sizes(), v.options()) : Tensor();
+  const Tensor rows[] = {with_plain_rows(q), with_plain_rows(k), with_plain_rows(v)};
+  CudaRingStep call;
+  call.q_B1HK = input_view(rows[0]);
+  call.k_B1HK = input_view(rows[1]);
+  call.v_B1HV = input_view(rows[2]);
+  call.o_B1HV = output_view(o);
+  call.state_NHKV = output_view(rings.state_NHKV);
+  call.keys_NHRK = output_view(rings.keys_NHRK);
+  call.values_NHRV = output_view(rings.values_NHRV);
+  call.waiting_N = rings.waiting_N.const_data_ptr<std::int32_t>();
+  call.slot_B = rings.slot_B.defined() ? rings.slot_B.const_data_ptr<std::int64_t>() : nullptr;
+  call.batch = rings.slot_B.defined() ? rings.slot_B.size(0) : rings.state_NHKV.size(0);
+  call.slope_H = decay.slope();
+  call.scale = decay.scale();
+  throw_if_error(cuda_ring_step(call, current_stream(rings.state_NHKV.device())));
+  return o;
 }
 
 }  // namespace everlong::lightning

@@ -8,8 +8,7 @@
 namespace everlong::lightning {
 
 // decay_linear_attention() for T >= 1 by a kernel; arguments checked by the caller. Nothing where
-// no kernel fits: other devices and GPUs, dtypes, dims, and for several tokens what
-// why_not_engine() says.
+// no kernel fits: other devices and GPUs, fp64, for several tokens dims above 256.
 std::optional<Attention> try_cuda(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK,
                                   const at::Tensor& v_BTHV, const Decay& decay,
                                   at::IntArrayRef cu_seqlens,
@@ -18,5 +17,19 @@ std::optional<Attention> try_cuda(const at::Tensor& q_BTHK, const at::Tensor& k_
 // Why calls of several tokens do not run on Hopper's chunk engine; empty: they do.
 std::string why_not_engine(at::Device device, at::ScalarType dtype, std::int64_t heads,
                            std::int64_t key_dim, std::int64_t value_dim);
+
+// Whether they run on the CUDA sweep where they do not run on the engine.
+bool takes_cuda_sweep(at::Device device, at::ScalarType dtype, std::int64_t heads,
+                      std::int64_t key_dim, std::int64_t value_dim);
+
+// States that are written behind (CudaRingStep in kernel_cuda.h), all on one GPU: state fp32, rings
+// in the dtype of k, waiting int32, slots int64 or undefined.
+struct Rings {
+  at::Tensor state_NHKV, keys_NHRK, values_NHRV, waiting_N, slot_B;
+};
+// o [B, 1, H, V] of one token a sequence; state and rings change. q undefined: folds all that waits
+// into the states and gives nothing. No gradients.
+at::Tensor step_with_rings(const at::Tensor& q_B1HK, const at::Tensor& k_B1HK,
+                           const at::Tensor& v_B1HV, const Decay& decay, const Rings& rings);
 
 }  // namespace everlong::lightning

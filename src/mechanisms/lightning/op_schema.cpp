@@ -1,8 +1,11 @@
 #include <ATen/ops/empty.h>
 
+#include <list>
+#include <mutex>
 #include <tuple>
 
 #include "mechanisms/lightning/op.h"
+#include "mechanisms/lightning/op_cuda.h"
 #include "ops/schema.h"
 
 namespace everlong::lightning {
@@ -10,11 +13,27 @@ namespace {
 
 using at::Tensor;
 
+// The Decay of these numbers, kept with its tables: a caller gives the same ones layer by layer,
+// over and over.
+Decay decay_of(at::ArrayRef<double> slope, double scale) {
+  constexpr std::size_t kMost = 128;
+  static std::mutex mutex;
+  static std::list<Decay> kept;  // the last used first
+  const std::lock_guard lock(mutex);
+  for (auto i = kept.begin(); i != kept.end(); ++i)
+    if (i->scale() == scale && slope.equals(i->slope())) {
+      kept.splice(kept.begin(), kept, i);
+      return kept.front();
+    }
+  kept.emplace_front(slope.vec(), scale);
+  if (kept.size() > kMost) kept.pop_back();
+  return kept.front();
+}
+
 std::tuple<Tensor, Tensor> compute(const Tensor& q, const Tensor& k, const Tensor& v,
                                    at::ArrayRef<double> slope, double scale,
                                    at::IntArrayRef cu_seqlens, const std::optional<Tensor>& state) {
-  const Decay decay(slope.vec(), scale);
-  auto result = decay_linear_attention(q, k, v, decay, cu_seqlens, state);
+  auto result = decay_linear_attention(q, k, v, decay_of(slope, scale), cu_seqlens, state);
   return {std::move(result.o_BTHV), std::move(result.state_NHKV)};
 }
 
@@ -29,6 +48,26 @@ std::tuple<Tensor, Tensor> shapes(const Tensor& q, const Tensor& k, const Tensor
           at::empty({sequences, q.size(2), q.size(3), v.size(3)}, v.options().dtype(accumulator))};
 }
 
+Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, at::ArrayRef<double> slope,
+            double scale, const Tensor& state, const Tensor& ring_k, const Tensor& ring_v,
+            const Tensor& waiting, const std::optional<Tensor>& slot) {
+  return step_with_rings(q, k, v, decay_of(slope, scale),
+                         {state, ring_k, ring_v, waiting, slot.value_or(Tensor())});
+}
+Tensor step_shape(const Tensor&, const Tensor&, const Tensor& v, at::ArrayRef<double>, double,
+                  const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                  const std::optional<Tensor>&) {
+  return at::empty(v.sizes(), v.options());
+}
+
+void fold(at::ArrayRef<double> slope, const Tensor& state, const Tensor& ring_k,
+          const Tensor& ring_v, const Tensor& waiting, const std::optional<Tensor>& slot) {
+  step_with_rings({}, {}, {}, decay_of(slope, 1.0),
+                  {state, ring_k, ring_v, waiting, slot.value_or(Tensor())});
+}
+void fold_shape(at::ArrayRef<double>, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                const std::optional<Tensor>&) {}
+
 }  // namespace
 
 void register_schemas() {
@@ -36,6 +75,16 @@ void register_schemas() {
       "decay_linear_attention(Tensor q, Tensor k, Tensor v, float[] slope, float scale=1.0, "
       "int[] cu_seqlens=[], Tensor? state=None) -> (Tensor o, Tensor state_out)",
       compute, shapes);
+  // States written behind, on a GPU; op_cuda.h.
+  define_operator(
+      "decay_linear_attention_step(Tensor q, Tensor k, Tensor v, float[] slope, float scale, "
+      "Tensor(a!) state, Tensor(b!) ring_k, Tensor(c!) ring_v, Tensor waiting, "
+      "Tensor? slot=None) -> Tensor",
+      step, step_shape);
+  define_operator(
+      "decay_linear_attention_fold(float[] slope, Tensor(a!) state, Tensor(b!) ring_k, "
+      "Tensor(c!) ring_v, Tensor waiting, Tensor? slot=None) -> ()",
+      fold, fold_shape);
 }
 
 }  // namespace everlong::lightning

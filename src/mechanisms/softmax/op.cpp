@@ -9,6 +9,7 @@
 #include "mechanisms/softmax/op_blocks.h"
 #include "mechanisms/softmax/op_cpu.h"
 #include "mechanisms/softmax/params.h"
+#include "ops/causal_attention.h"
 
 namespace everlong::softmax {
 namespace {
@@ -201,3 +202,14 @@ at::Tensor naive(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::T
 }
 
 }  // namespace everlong::softmax
+
+namespace everlong {
+
+at::Tensor causal_attention(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK,
+                            const at::Tensor& v_BSGV, double scale, bool kernels) {
+  using softmax::Path;
+  return softmax::attention(q_BTHK, k_BSGK, v_BSGV,
+                            {.scale = scale, .path = kernels ? Path::kAuto : Path::kComposite});
+}
+
+}  // namespace everlong

@@ -1,0 +1,110 @@
+// What Landmark Attention carries, in tiers: landmark keys in memory, complete blocks in pages
+// under a byte budget and in a file, the incomplete block beside them. For streams longer than
+// memory; without gradients, on the CPU, fp32 and bf16.
+#pragma once
+#include <limits>
+#include <optional>
+
+#include "mechanisms/landmark/kernel_pages.h"
+#include "mechanisms/landmark/layer_memory.h"
+
+namespace everlong::landmark {
+
+// Complete blocks that a stream keeps so that every token finds its past; 0: all.
+inline std::int64_t kept_blocks(const Retrieval& r) {
+  return r.max_blocks > 0 ? r.max_blocks + r.window + 1 : 0;
+}
+
+// The same numbers as BlockMemory up to rounding, for any cut of the text. Sequences, and the
+// states that select() makes, share one store; forks share pages.
+class PagedMemory final : public State {
+ public:
+  // Refuses what PageStore::open refuses, other dtypes and devices, and top_k = 0 (which would read
+  // every page for every token).
+  static Result<std::unique_ptr<PagedMemory>> create(std::int64_t sequences,
+                                                     const MemoryShape& shape,
+                                                     const at::TensorOptions& options,
+                                                     const StoreOptions& tiers);
+
+  // BlockMemory's tensors, made from the pages: as large as everything that is kept. Blocks that
+  // are never read again and the values of landmarks are zeros. A page that the file lost throws.
+  TensorMap tensors() const override;
+  Status restore(const TensorMap& tensors) override;
+  std::unique_ptr<State> select(std::span<const std::int64_t> sequences) const override;
+  std::int64_t bytes_bound(std::int64_t tokens) const override;  // of tensors()
+
+  // As BlockMemory::attend. A failure of the store (a full disk, a damaged page) throws what it
+  // says; the state then refuses everything but restore.
+  Read attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTGK, const at::Tensor& v_BTGV,
+              const Sequences& sequences, const Reader& reader, bool want_picks);
+
+  // From now on reads more blocks than top_k, up to at_most more, until what the unread ones could
+  // change is at most epsilon (2-norm of a head's output; kernel_certificate.h and read_certified
+  // say what is compared). Costs a pass over all scores for each token and head.
+  struct Certify {
+    double epsilon = 1e-3;
+    std::int64_t at_most = std::numeric_limits<std::int64_t>::max();
+  };
+  void set_certify(std::optional<Certify> certify) { certify_ = certify; }
+  // Of the last attend, when asked for: [B, T, H] each.
+  struct Certificates {
+    at::Tensor bound;         // fp64; 0 where everything was read
+    at::Tensor unread_share;  // fp64: softmax weight of what was not read
+    at::Tensor more;          // int64: blocks read beyond the picks
+  };
+  const Certificates& certificates() const { return certificates_; }
+
+  // Saves into a folder, one state file a sequence, pages staying in the store's file; and takes
+  // it back. BlockPages::save says what survives what.
+  Status save_pages(const fs::path& folder);
+  Status restore_pages(const fs::path& folder);
+
+  // Memory held now: the store, landmark keys and incomplete blocks.
+  std::int64_t resident_bytes() const;
+  const PageStore& store() const { return *store_; }
+
+ private:
+  struct Line {  // one sequence
+    BlockPages pages;
+    // Rows of positions [tail_first, position): the incomplete block and the window before it.
+    at::Tensor k, v;  // [G, rows, K], [G, rows, V]
+    std::int64_t tail_first = 0;
+  };
+  PagedMemory(std::int64_t sequences, const MemoryShape& shape, const at::TensorOptions& options,
+              std::shared_ptr<PageStore> store);
+  Line fresh_line() const;
+  void settle() const;  // builds the lines that restore() left as tensors
+  Line line_of(const at::Tensor& k, const at::Tensor& v, std::int64_t position) const;
+  // [1, T, ..] of one sequence.
+  struct LineRead {
+    at::Tensor out, selected;
+    Certificates certificates;
+  };
+  LineRead attend_line(Line& line, std::int64_t position, const at::Tensor& q, const at::Tensor& k,
+                       const at::Tensor& v, const Reader& reader) const;
+  void close_blocks(Line& line, std::int64_t end) const;
+
+  MemoryShape shape_;
+  at::TensorOptions options_;
+  std::shared_ptr<PageStore> store_;
+  mutable std::vector<Line> lines_;
+  mutable TensorMap given_;  // by restore(), until the positions are known
+  std::string broken_;       // why this state cannot go on
+  std::optional<Certify> certify_;
+  Certificates certificates_;
+};
+
+// A layer's settings "pages" (a folder; "" is the plain memory) and "page_megabytes" (of memory,
+// for each layer of each stream). Its states spill into temporary files there, which go with the
+// process whatever ends it.
+struct PageSettings {
+  std::string folder;
+  std::int64_t megabytes = 256;
+};
+Status check_pages(const PageSettings& pages, const Retrieval& retrieval);
+// Throws what PagedMemory::create refuses.
+std::unique_ptr<State> make_paged_state(std::int64_t sequences, const MemoryShape& shape,
+                                        const at::TensorOptions& options,
+                                        const PageSettings& pages);
+
+}  // namespace everlong::landmark
