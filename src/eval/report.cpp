@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "core/text.h"
+#include "eval/page.h"
 #include "eval/plot.h"
 #include "eval/retrieval_page.h"
 
@@ -25,12 +26,6 @@ Result<ordered_json> read_optional(const fs::path& path) {
   auto value = ordered_json::parse(*text, nullptr, /*allow_exceptions=*/false);
   if (value.is_discarded()) return corrupt(path.string(), ": is not JSON; make it again");
   return value;
-}
-
-double number(const ordered_json& object, const char* key) {
-  return object.is_object() && object.contains(key) && object.at(key).is_number()
-             ? object.at(key).get<double>()
-             : std::nan("");
 }
 
 std::string word(const ordered_json& object, const char* key) {
@@ -104,12 +99,6 @@ std::vector<Bar> bars(const Run& run) {
 
 std::string figure(const Plot& plot, std::string_view caption) {
   return cat("<figure>", svg(plot), "<figcaption>", caption, "</figcaption></figure>\n");
-}
-
-std::string row(std::initializer_list<std::string> cells, const char* tag = "td") {
-  std::string out = "<tr>";
-  for (const auto& cell : cells) out += cat("<", tag, ">", html_escape(cell), "</", tag, ">");
-  return out + "</tr>";
 }
 
 std::string bits_table(const Run& run) {
@@ -215,13 +204,14 @@ std::string streaming_figures(const Run& run) {
 std::string marks_table(const Run& run) {
   const auto& marks = list(run.streaming, "marks");
   if (marks.empty()) return "";
-  std::string out = "<h2>One stream</h2>\n<table>" +
-                    row({"tokens", "tokens/s", "as it streamed", "state", "resident memory"}, "th");
+  std::string out =
+      "<h2>One stream</h2>\n<table>" +
+      table_row({"tokens", "tokens/s", "as it streamed", "state", "resident memory"}, "th");
   for (const auto& mark : marks) {
     const double timed = number(mark, "tokens_per_second");
-    out += row({whole(number(mark, "tokens")), std::isfinite(timed) ? whole(timed) : "",
-                whole(number(mark, "observed")), human_bytes(number(mark, "state_bytes")),
-                human_bytes(number(mark, "resident_bytes"))});
+    out += table_row({whole(number(mark, "tokens")), std::isfinite(timed) ? whole(timed) : "",
+                      whole(number(mark, "observed")), human_bytes(number(mark, "state_bytes")),
+                      human_bytes(number(mark, "resident_bytes"))});
   }
   return out + "</table>\n";
 }
@@ -258,7 +248,7 @@ std::string layers_text(const ordered_json& config) {
 std::string facts(const Run& run) {
   std::string out = "<h2>About this run</h2>\n<table class=\"facts\">";
   const auto add = [&](const std::string& name, const std::string& value) {
-    if (!value.empty()) out += row({name, value});
+    if (!value.empty()) out += table_row({name, value});
   };
   const auto count = [&](const ordered_json& object, const char* key) {
     const double value = number(object, key);
@@ -303,28 +293,6 @@ std::string missing(const Run& run) {
   return out.empty() ? "" : cat("<h2>Not measured yet</h2>\n<ul>", out, "</ul>\n");
 }
 
-constexpr const char* kPageStyle = R"(
-body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
-  max-width: 760px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p, figcaption { color: var(--soft); }
-figure { margin: 1.6rem 0; }
-figcaption { font-size: 13px; margin-top: .2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--rule); text-align: right; }
-th { color: var(--soft); font-weight: 500; }
-.facts td { text-align: left; }
-.facts td:first-child { color: var(--soft); }
-pre { border: 1px solid var(--rule); border-radius: 6px; padding: .8rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; }
-code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .35rem .8rem;
-  align-items: center; }
-.track i { display: block; height: 12px; border-radius: 3px; background: var(--axis); }
-.track i.ours { background: var(--c0); }
-)";
-
 }  // namespace
 
 Result<std::string> render_report(const fs::path& folder) {
@@ -338,7 +306,7 @@ Result<std::string> render_report(const fs::path& folder) {
   return cat(
       "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
       "content=\"width=device-width, initial-scale=1\">\n<title>",
-      html_escape(title), "</title>\n<style>", plot_style(), kPageStyle,
+      html_escape(title), "</title>\n<style>", plot_style(), page_style(),
       "</style></head>\n<body>\n<h1>", html_escape(title), "</h1>\n<p>", html_escape(summary),
       "</p>\n", bits_table(run), marks_table(run), streaming_figures(run), position_figure(run),
       passkey_figure(run), loss_figure(run), sample_section(run), facts(run), missing(run),

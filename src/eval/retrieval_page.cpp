@@ -6,17 +6,13 @@
 
 #include "core/text.h"
 #include "eval/heat_map.h"
+#include "eval/page.h"
 #include "eval/plot.h"
 
 namespace everlong {
 namespace {
 
 using nlohmann::ordered_json;
-
-double number(const ordered_json& object, const char* key) {
-  const auto found = object.is_object() ? object.find(key) : object.end();
-  return found != object.end() && found->is_number() ? found->get<double>() : std::nan("");
-}
 
 std::vector<double> numbers(const ordered_json& object, const char* key) {
   std::vector<double> out;
@@ -54,29 +50,23 @@ std::string short_share(const Proportion& proportion) {
              "), ", percent(proportion.low()), "-", percent(proportion.high()));
 }
 
-std::string row(std::initializer_list<std::string> cells, const char* tag = "td") {
-  std::string out = "<tr>";
-  for (const auto& cell : cells) out += cat("<", tag, ">", html_escape(cell), "</", tag, ">");
-  return out + "</tr>\n";
-}
-
 std::string cell_table(const RetrievalReport& report) {
-  std::string out = cat("<table>", row({"length", "depth", "exact", "answer tokens", "fact to end",
-                                        "without memory", "state"},
-                                       "th"));
+  std::string out = cat("<table>", table_row({"length", "depth", "exact", "answer tokens",
+                                              "fact to end", "without memory", "state"},
+                                             "th"));
   for (const auto& cell : report.cells)
-    out += row({with_commas(cell.length), cat(fixed(100 * cell.depth, 0), " %"),
-                short_share(cell.score.exact), short_share(cell.score.tokens),
-                cat(with_commas(cell.nearest), "-", with_commas(cell.farthest)),
-                report.options.control ? short_share(cell.control.exact) : "",
-                human_bytes(static_cast<double>(cell.state_bytes))});
+    out += table_row({with_commas(cell.length), cat(fixed(100 * cell.depth, 0), " %"),
+                      short_share(cell.score.exact), short_share(cell.score.tokens),
+                      cat(with_commas(cell.nearest), "-", with_commas(cell.farthest)),
+                      report.options.control ? short_share(cell.control.exact) : "",
+                      human_bytes(static_cast<double>(cell.state_bytes))});
   return out + "</table>\n";
 }
 
 std::string facts(const RetrievalReport& report, const ordered_json& object) {
   std::string out = "<h2>What was measured</h2>\n<table class=\"facts\">";
   const auto add = [&](const std::string& name, const std::string& value) {
-    if (!value.empty()) out += row({name, value});
+    if (!value.empty()) out += table_row({name, value});
   };
   const auto& options = report.options;
   const auto said = [&](const char* key) {
@@ -100,20 +90,12 @@ std::string facts(const RetrievalReport& report, const ordered_json& object) {
   return out + "</table>\n";
 }
 
-constexpr const char* kPageStyle = R"(
-body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
-  max-width: 860px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p, figcaption { color: var(--soft); }
-figure { margin: 1.6rem 0; }
-figcaption { font-size: 13px; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--rule); text-align: right;
-  white-space: nowrap; }
-th { color: var(--soft); font-weight: 500; }
-.facts td { text-align: left; white-space: normal; }
-.facts td:first-child { color: var(--soft); }
+// Wider than a report: maps and a table of every cell.
+constexpr const char* kWider = R"(
+body { max-width: 860px; }
+table { font-size: 13px; }
+th, td { white-space: nowrap; }
+.facts td { white-space: normal; }
 )";
 
 }  // namespace
@@ -155,8 +137,8 @@ std::string retrieval_page(const RetrievalReport& report, const nlohmann::ordere
   return cat(
       "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
       "content=\"width=device-width, initial-scale=1\">\n<title>",
-      title, "</title>\n<style>", plot_style(), kPageStyle, "</style></head>\n<body>\n<h1>", title,
-      "</h1>\n<p>",
+      title, "</title>\n<style>", plot_style(), page_style(), kWider,
+      "</style></head>\n<body>\n<h1>", title, "</h1>\n<p>",
       html_escape(cat("All cells: exact ", share_text(total.exact), "; answer tokens ",
                       share_text(total.tokens))),
       "</p>\n",

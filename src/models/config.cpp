@@ -9,8 +9,6 @@ namespace everlong {
 namespace {
 
 constexpr std::string_view kModelType = "everlong";
-constexpr std::int64_t kMaxWidth = std::int64_t{1} << 20;
-constexpr std::int64_t kMaxLayers = 4096;
 constexpr std::int64_t kMaxExperts = 65536;
 constexpr double kMaxResidual = 1e6;
 constexpr std::string_view kMlp = "mlp";

@@ -11,6 +11,10 @@
 
 namespace everlong {
 
+// What a config may ask for at most.
+inline constexpr std::int64_t kMaxWidth = std::int64_t{1} << 20, kMaxLayers = 4096,
+                              kMaxHeads = 65536;
+
 struct ModelConfig {
   // "transnormer" (SRMSNorm, SGLU), "llama" (RMSNorm, SwiGLU), "gpt" (LayerNorm, GELU),
   // "megalodon" (norms over time, a residual that skips two hops; all layers of that mechanism) or

@@ -8,6 +8,7 @@
 #include "layers/experts.h"
 #include "layers/weights.h"
 #include "mechanisms/mechanism.h"
+#include "models/group.h"
 #include "models/megalodon_block.h"
 #include "models/recompute.h"
 #include "models/torchscale_layer.h"
@@ -120,15 +121,6 @@ Result<std::shared_ptr<Block>> make_block(const ModelConfig& config, std::int64_
 }
 
 namespace {
-
-// A module that only gives its children a name: "model", "layers", "embed_tokens".
-struct Group : torch::nn::Module {
-  template <class Child>
-  std::shared_ptr<Child> add(const std::string& name, std::shared_ptr<Child> child) {
-    return register_module(name, std::move(child));
-  }
-  at::Tensor add_weight(const at::Tensor& weight) { return register_parameter("weight", weight); }
-};
 
 void check_sequences(const at::Tensor& tokens_BT, const Sequences& sequences,
                      const ModelState* state) {

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "mechanisms/megalodon/layer.h"
+#include "models/group.h"
 
 namespace everlong {
 namespace {
@@ -24,13 +25,6 @@ class TwoHopBlock final : public Block {
  private:
   std::shared_ptr<Mixer> mega_;
   std::shared_ptr<megalodon::NormalizedFfn> nffn_;
-};
-
-struct Group : torch::nn::Module {  // gives its children a name
-  template <class Child>
-  std::shared_ptr<Child> add(const std::string& name, std::shared_ptr<Child> child) {
-    return register_module(name, std::move(child));
-  }
 };
 
 LayerSpec spec_of(const ModelConfig& config, std::int64_t index) {

@@ -37,7 +37,7 @@ constexpr Known kTellingKeys[] = {{"decoder_embed_dim", Family::kTransnormer},
                                   {"n_embd", Family::kLandmarkGpt},
                                   {"cema_ndim", Family::kMegalodon}};
 // A LLaMA that has any of these is one with landmarks.
-constexpr const char* kLandmarkKeys[] = {"mem_id", "mem_freq", "mem_top_k"};
+constexpr const char* kTellsLandmarks[] = {"mem_id", "mem_freq", "mem_top_k"};
 constexpr std::string_view kOwn = "everlong";
 
 template <std::size_t N>
@@ -139,7 +139,7 @@ Result<Family> recognise_plainly(const json& config) {
 Result<Family> recognise(const json& config) {
   EVERLONG_ASSIGN(const Family family, recognise_plainly(config));
   const auto has = [&](const char* key) { return config.contains(key); };
-  return family == Family::kLlama && std::ranges::any_of(kLandmarkKeys, has)
+  return family == Family::kLlama && std::ranges::any_of(kTellsLandmarks, has)
              ? Family::kLandmarkLlama
              : family;
 }

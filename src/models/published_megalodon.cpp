@@ -10,12 +10,11 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::int64_t kMaxWidth = std::int64_t{1} << 20, kMaxLayers = 4096, kMaxHeads = 65536;
 constexpr const char* kName = "megalodon";
-constexpr const char* kWithoutEffect[] = {"model_type",     "architectures", "init_mode",
-                                          "efficient_attn", "dropout",       "attention_dropout",
-                                          "hidden_dropout", "torch_dtype",   "layerwise_ckpt",
-                                          "bos_token_id",   "eos_token_id",  "pad_token_id"};
+constexpr const char* kMegalodonWithoutEffect[] = {
+    "model_type",     "architectures",     "init_mode",      "efficient_attn",
+    "dropout",        "attention_dropout", "hidden_dropout", "torch_dtype",
+    "layerwise_ckpt", "bos_token_id",      "eos_token_id",   "pad_token_id"};
 
 template <class... Parts>
 Status refuse(const Parts&... parts) {
@@ -26,7 +25,7 @@ Status refuse(const Parts&... parts) {
 
 Result<ModelConfig> read_megalodon(const json& object, const std::string& place) {
   Settings s(object, place);
-  for (const char* key : kWithoutEffect) s.raw(key);
+  for (const char* key : kMegalodonWithoutEffect) s.raw(key);
   const auto size = [&](const char* key, std::int64_t max) {
     if (!s.has(key)) s.fail(invalid_argument(key, " is missing; the model's shape needs it"));
     return s.integer(key, 1, 1, max);

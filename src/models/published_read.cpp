@@ -12,8 +12,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::int64_t kMaxWidth = std::int64_t{1} << 20;
-constexpr std::int64_t kMaxLayers = 4096, kMaxHeads = 65536, kMaxExperts = 65536;
+constexpr std::int64_t kMaxExperts = 65536;
 constexpr double kMaxFactor = 1e6;
 // Whatever they say, the numbers of a forward pass stay the same.
 constexpr const char* kWithoutEffect[] = {

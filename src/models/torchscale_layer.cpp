@@ -4,18 +4,12 @@
 
 #include <cmath>
 
+#include "models/group.h"
+
 namespace everlong {
 namespace {
 
 constexpr const char* kName = "longnet";
-
-struct Group : torch::nn::Module {  // gives its children a name
-  template <class Child>
-  std::shared_ptr<Child> add(const std::string& name, std::shared_ptr<Child> child) {
-    return register_module(name, std::move(child));
-  }
-  at::Tensor add_weight(const at::Tensor& weight) { return register_parameter("weight", weight); }
-};
 
 // The model's last norm, with its bias.
 class LastNorm final : public Norm {

@@ -3,12 +3,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <limits>
 
 namespace everlong::landmark {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Elements of keys that are gathered at a time: groups are taken together up to this.
 constexpr std::int64_t kCpuGathered = std::int64_t{1} << 21, kGpuGathered = std::int64_t{1} << 27;
 

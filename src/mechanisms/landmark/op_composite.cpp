@@ -4,7 +4,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "mechanisms/landmark/op_naive.h"
 #include "mechanisms/landmark/op_sections.h"
@@ -16,7 +15,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Scores of a tile and its query rows. CPU: a tile passes through its steps in a core's cache. GPU:
 // large enough to fill it.
 constexpr std::int64_t kCpuScores = std::int64_t{1} << 18, kGpuScores = std::int64_t{1} << 26;
@@ -108,7 +106,6 @@ at::Tensor keys_of(const at::Tensor& x, const Tile& tile, std::int64_t count) {
 }
 
 // What is -inf becomes 0: the base of differences that must not be inf - inf.
-at::Tensor finite_base(const at::Tensor& x) { return x.masked_fill(x.eq(-kInfinity), 0); }
 
 struct Keys {
   at::Tensor content, landmark;  // [B, G, C W, K], [B, G, C, K]

@@ -2,16 +2,12 @@
 
 #include <ATen/ATen.h>
 
-#include <limits>
+#include "mechanisms/landmark/params.h"
 
 namespace everlong::landmark {
-namespace {
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 at::Tensor finite_base(const at::Tensor& x) { return x.masked_fill(x.eq(-kInfinity), 0); }
-
-}  // namespace
+namespace {}  // namespace
 
 Grouped group_scores(const at::Tensor& scores, const at::Tensor& marks_BS, std::int64_t prefix,
                      bool drop_empty) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -10,6 +11,8 @@
 #include "core/status.h"
 
 namespace everlong::landmark {
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Legend used in the whole room: N sequences, B batch, T new tokens, S keys (past and new), P rows
 // of a padded cache, H query heads, G key/value heads (H / G query heads in a row share one), K key

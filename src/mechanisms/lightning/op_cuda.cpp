@@ -67,7 +67,7 @@ void* data_of(const Tensor& workspace) {
 }
 
 // Everything of a call besides its tensors.
-struct Job {
+struct CudaJob {
   Decay decay;
   bool on_hopper = false;  // the chunk engine, else the sweep
   std::vector<std::int64_t> cu_seqlens = {};
@@ -90,8 +90,9 @@ struct Job {
   }
 };
 
-Job make_job(const Decay& decay, bool on_hopper, at::IntArrayRef cu_seqlens, at::Device device) {
-  Job job{decay, on_hopper, cu_seqlens.vec()};
+CudaJob make_job(const Decay& decay, bool on_hopper, at::IntArrayRef cu_seqlens,
+                 at::Device device) {
+  CudaJob job{decay, on_hopper, cu_seqlens.vec()};
   if (cu_seqlens.empty()) return job;
   const Tensor offsets =
       at::empty({2 * static_cast<std::int64_t>(cu_seqlens.size())}, at::TensorOptions(at::kInt));
@@ -103,7 +104,7 @@ Job make_job(const Decay& decay, bool on_hopper, at::IntArrayRef cu_seqlens, at:
 
 Attention run_step(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& decay,
                    const Tensor& state) {
-  const Attention out{at::empty(v.sizes(), v.options()), Job{decay}.new_states(state, q, v)};
+  const Attention out{at::empty(v.sizes(), v.options()), CudaJob{decay}.new_states(state, q, v)};
   CudaStep call;
   call.q_B1HK = input_view(q);
   call.k_B1HK = input_view(k);
@@ -117,7 +118,7 @@ Attention run_step(const Tensor& q, const Tensor& k, const Tensor& v, const Deca
   return out;
 }
 
-Attention run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Job& job,
+Attention run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const CudaJob& job,
                       const Tensor& state) {
   const Attention out{at::empty(v.sizes(), v.options()), job.new_states(state, q, v)};
   const Tensor workspace = workspace_for(q, v);
@@ -162,7 +163,7 @@ Status check_rings(const Rings& rings) {
 // Keeps its inputs and nothing else.
 struct KernelForm : torch::autograd::Function<KernelForm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
-                               const Tensor& v, const Tensor& known, const Job& job) {
+                               const Tensor& v, const Tensor& known, const CudaJob& job) {
     const Tensor state = known.numel() == 0 ? Tensor() : known;
     ctx->save_for_backward({q, k, v, state});
     ctx->saved_data["job"] = hold(job);
@@ -175,7 +176,7 @@ struct KernelForm : torch::autograd::Function<KernelForm> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto job = held<Job>(ctx->saved_data["job"]);
+    const auto job = held<CudaJob>(ctx->saved_data["job"]);
     const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &state = saved[3];
     const c10::DeviceGuard guard(q.device());
     const Tensor incoming = grads[0].defined() ? grads[0] : at::zeros(v.sizes(), v.options());
@@ -251,7 +252,7 @@ std::optional<Attention> try_cuda(const Tensor& q_in, const Tensor& k_in, const 
     return on_hopper ? for_tiles(rows) : with_plain_rows(rows);
   };
   const Tensor q = ready(q_in), k = ready(k_in), v = ready(v_in);
-  const Job job =
+  const CudaJob job =
       make_job(decay, on_hopper, length > 0 ? at::IntArrayRef() : cu_seqlens, q.device());
   if (!differentiate) {
     Attention out = run_forward(q, k, v, job, state);

@@ -4,7 +4,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "core/offsets.h"
 #include "mechanisms/longnet/op_cpu.h"
@@ -16,8 +15,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // What the backward needs beside tensors.
 struct Call {

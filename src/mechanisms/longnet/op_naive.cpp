@@ -1,13 +1,9 @@
 #include <ATen/ATen.h>
 
-#include <limits>
-
 #include "mechanisms/longnet/op.h"
 
 namespace everlong::longnet {
 namespace {
-
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // One pattern: scores [B, G, R, T, S] (-inf: not seen) and values [B, G, 1, S, V].
 struct Seen {

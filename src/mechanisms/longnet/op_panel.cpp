@@ -4,12 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+
+#include "mechanisms/longnet/params.h"
 
 namespace everlong::longnet {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Below any score, yet finite: a row that saw nothing so far must not give inf - inf.
 constexpr double kFloor = -1e30;
 

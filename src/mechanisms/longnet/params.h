@@ -2,6 +2,7 @@
 // README.md of this room, section 1; LongNet (2307.02486) section 2.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -9,6 +10,8 @@
 #include "core/status.h"
 
 namespace everlong::longnet {
+
+inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Legend used in the whole room: N sequences, B batch, T new tokens, H query heads, G key/value
 // heads (H / G query heads in a row share one), K key dim, V value dim, m rows of a buffer.
