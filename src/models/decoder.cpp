@@ -8,7 +8,7 @@
 #include "layers/experts.h"
 #include "layers/weights.h"
 #include "mechanisms/mechanism.h"
-#include "models/group.h"
+#include "models/module_group.h"
 #include "models/megalodon_block.h"
 #include "models/recompute.h"
 #include "models/torchscale_layer.h"
@@ -163,9 +163,9 @@ Status Decoder::build() {
     return normal_weight({config_.vocab_size, config_.hidden_size}, config_.initializer_range);
   };
   const Parts& parts = parts_of(config_);
-  auto model = register_module(parts.root, std::make_shared<Group>());
-  embedding_ = model->add(parts.embedding, std::make_shared<Group>())->add_weight(drawn());
-  auto layers = model->add(parts.layers, std::make_shared<Group>());
+  auto model = register_module(parts.root, std::make_shared<ModuleGroup>());
+  embedding_ = model->add(parts.embedding, std::make_shared<ModuleGroup>())->add_weight(drawn());
+  auto layers = model->add(parts.layers, std::make_shared<ModuleGroup>());
   for (std::int64_t i = 0; i < config_.num_layers(); ++i) {
     auto block = make_block(config_, i);
     if (!block.ok()) return block.status().at(cat("layer ", i));
@@ -175,7 +175,7 @@ Status Decoder::build() {
   model->add(parts.last_norm, norm_);
   head_ = config_.tie_word_embeddings
               ? embedding_
-              : register_module("lm_head", std::make_shared<Group>())->add_weight(drawn());
+              : register_module("lm_head", std::make_shared<ModuleGroup>())->add_weight(drawn());
   return {};
 }
 

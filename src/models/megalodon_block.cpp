@@ -3,7 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "mechanisms/megalodon/layer.h"
-#include "models/group.h"
+#include "models/module_group.h"
 
 namespace everlong {
 namespace {
@@ -83,14 +83,14 @@ Status Decoder::build_megalodon() {
   EVERLONG_RETURN_IF_ERROR(check(config_));
   embedding_ = register_module("embed", std::make_shared<megalodon::Named>())
                    ->add("weight", drawn(config_.vocab_size));
-  auto layers = register_module("layers", std::make_shared<Group>());
+  auto layers = register_module("layers", std::make_shared<ModuleGroup>());
   for (std::int64_t i = 0; i < config_.num_layers(); ++i) {
     auto block = make_megalodon_block(config_, i);
     if (!block.ok()) return block.status().at(cat("layer ", i));
     blocks_.push_back(layers->add(std::to_string(i), *std::move(block)));
   }
   EVERLONG_ASSIGN(const auto settings, megalodon::read_settings(spec_of(config_, 0)));
-  auto output = register_module("output", std::make_shared<Group>());
+  auto output = register_module("output", std::make_shared<ModuleGroup>());
   time_norm_ = output->add("final_norm",
                            std::make_shared<megalodon::TimestepNorm>(
                                config_.hidden_size, settings.norm_num_groups, settings.norm_eps));

@@ -13,7 +13,7 @@ namespace {
 
 using at::Tensor;
 
-struct Group : torch::nn::Module {  // gives its children a name
+struct SlideGroup : torch::nn::Module {  // gives its children a name
   template <class Child>
   std::shared_ptr<Child> add(const std::string& name, std::shared_ptr<Child> child) {
     return register_module(name, std::move(child));
@@ -120,16 +120,16 @@ Status SlideEncoder::build() {
         register_parameter("pos_embed", normal_weight({1, settings_.image_patches, D}, kDeviation));
   else
     cls_ = register_parameter("cls_token", normal_weight({1, 1, D}, kDeviation));
-  auto proj = register_module("patch_embed", std::make_shared<Group>())
-                  ->add("proj", std::make_shared<Group>());
+  auto proj = register_module("patch_embed", std::make_shared<SlideGroup>())
+                  ->add("proj", std::make_shared<SlideGroup>());
   const double deviation = 1 / std::sqrt(static_cast<double>(settings_.features));
   const std::int64_t p = settings_.patch_size;
   patch_weight_ =
       proj->add_weight("weight", of_image() ? normal_weight({D, 3, p, p}, deviation)
                                             : normal_weight({D, settings_.features}, deviation));
   patch_bias_ = proj->add_weight("bias", constant_weight({D}, 0));
-  auto encoder = register_module("encoder", std::make_shared<Group>());
-  auto layers = encoder->add("layers", std::make_shared<Group>());
+  auto encoder = register_module("encoder", std::make_shared<SlideGroup>());
+  auto layers = encoder->add("layers", std::make_shared<SlideGroup>());
   for (std::int64_t i = 0; i < settings_.num_layers; ++i)
     layers_.push_back(
         layers->add(std::to_string(i), std::make_shared<TorchscaleLayer>(TorchscaleSettings{

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "models/group.h"
+#include "models/module_group.h"
 
 namespace everlong {
 namespace {
@@ -59,7 +59,7 @@ TorchscaleLayer::TorchscaleLayer(const TorchscaleSettings& s)
   self_attn_ =
       register_module("self_attn", std::make_shared<longnet::DilatedSelfAttention>(s.attention));
   attention_norm_ = register_module("self_attn_layer_norm", std::make_shared<AffineNorm>(D, eps));
-  auto ffn = register_module("ffn", std::make_shared<Group>());
+  auto ffn = register_module("ffn", std::make_shared<ModuleGroup>());
   fc1_ = ffn->add("fc1", std::make_shared<AffineLinear>(D, F, true, gain(D, F)));
   fc2_ = ffn->add("fc2", std::make_shared<AffineLinear>(F, D, true, gain(F, D)));
   if (s.attention.subln)
@@ -110,8 +110,8 @@ Status Decoder::build_torchscale() {
   const auto drawn = [&] {
     return normal_weight({config_.vocab_size, config_.hidden_size}, config_.initializer_range);
   };
-  embedding_ = register_module("embed_tokens", std::make_shared<Group>())->add_weight(drawn());
-  auto layers = register_module("layers", std::make_shared<Group>());
+  embedding_ = register_module("embed_tokens", std::make_shared<ModuleGroup>())->add_weight(drawn());
+  auto layers = register_module("layers", std::make_shared<ModuleGroup>());
   for (std::int64_t i = 0; i < config_.num_layers(); ++i) {
     auto block = make_torchscale_block(config_, i);
     if (!block.ok()) return block.status().at(cat("layer ", i));
@@ -122,7 +122,7 @@ Status Decoder::build_torchscale() {
   head_ =
       config_.tie_word_embeddings
           ? embedding_
-          : register_module("output_projection", std::make_shared<Group>())->add_weight(drawn());
+          : register_module("output_projection", std::make_shared<ModuleGroup>())->add_weight(drawn());
   return {};
 }
 

@@ -8,7 +8,7 @@
 
 namespace everlong {
 
-struct Group : torch::nn::Module {
+struct ModuleGroup : torch::nn::Module {
   template <class Child>
   std::shared_ptr<Child> add(const std::string& name, std::shared_ptr<Child> child) {
     return register_module(name, std::move(child));
