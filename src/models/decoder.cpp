@@ -8,8 +8,8 @@
 #include "layers/experts.h"
 #include "layers/weights.h"
 #include "mechanisms/mechanism.h"
-#include "models/module_group.h"
 #include "models/megalodon_block.h"
+#include "models/module_group.h"
 #include "models/recompute.h"
 #include "models/torchscale_layer.h"
 

@@ -110,7 +110,8 @@ Status Decoder::build_torchscale() {
   const auto drawn = [&] {
     return normal_weight({config_.vocab_size, config_.hidden_size}, config_.initializer_range);
   };
-  embedding_ = register_module("embed_tokens", std::make_shared<ModuleGroup>())->add_weight(drawn());
+  embedding_ =
+      register_module("embed_tokens", std::make_shared<ModuleGroup>())->add_weight(drawn());
   auto layers = register_module("layers", std::make_shared<ModuleGroup>());
   for (std::int64_t i = 0; i < config_.num_layers(); ++i) {
     auto block = make_torchscale_block(config_, i);
@@ -119,10 +120,10 @@ Status Decoder::build_torchscale() {
   }
   norm_ = register_module("layer_norm",
                           std::make_shared<LastNorm>(config_.hidden_size, config_.norm_eps));
-  head_ =
-      config_.tie_word_embeddings
-          ? embedding_
-          : register_module("output_projection", std::make_shared<ModuleGroup>())->add_weight(drawn());
+  head_ = config_.tie_word_embeddings
+              ? embedding_
+              : register_module("output_projection", std::make_shared<ModuleGroup>())
+                    ->add_weight(drawn());
   return {};
 }
 

@@ -105,8 +105,6 @@ at::Tensor keys_of(const at::Tensor& x, const Tile& tile, std::int64_t count) {
   return x.narrow(0, tile.row, tile.rows).narrow(1, tile.head, tile.heads).narrow(2, 0, count);
 }
 
-// What is -inf becomes 0: the base of differences that must not be inf - inf.
-
 struct Keys {
   at::Tensor content, landmark;  // [B, G, C W, K], [B, G, C, K]
   at::Tensor values;             // [B, G, C W, V]
