@@ -39,7 +39,7 @@ class BytePairs {
     std::int32_t rank = 0, merged = 0;
   };
   struct Text {
-    using is_transparent = void;
+    using is_transparent = void;  // NOLINT: the name that std::unordered_map looks for
     std::size_t operator()(std::string_view text) const {
       return std::hash<std::string_view>()(text);
     }

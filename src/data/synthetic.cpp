@@ -53,7 +53,6 @@ Result<std::vector<LengthRange>> length_ranges(std::string_view text) {
   std::vector<LengthRange> ranges;
   std::istringstream parts{std::string(text)};
   for (std::string part; std::getline(parts, part, ',');) {
-    LengthRange range;
     const auto colon = part.find(':'), dash = part.find('-');
     const std::string lengths = part.substr(0, colon);
     const auto low = parse_count(lengths.substr(0, dash));
@@ -109,8 +108,8 @@ Result<SyntheticDocuments> SyntheticDocuments::make(const SyntheticSettings& set
   }
   RetrievalTask task = settings.retrieval;
   EVERLONG_ASSIGN(task.kind, retrieval_kind(settings.task));
-  EVERLONG_ASSIGN(auto prompts, RetrievalPrompts::make(task, tokenizer, filler));
-  documents.prompts_.push_back(std::move(prompts));
+  EVERLONG_ASSIGN(const auto prompts, RetrievalPrompts::make(task, tokenizer, filler));
+  documents.prompts_.push_back(prompts);
   return documents;
 }
 
