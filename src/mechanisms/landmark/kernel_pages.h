@@ -67,7 +67,7 @@ class BlockPages {
   // Checks the whole state file, that it belongs to the store's file, and that every page is there
   // (by its record's head; its bytes are checked when read). kNotFound and kCorrupt name the block.
   // Two restored streams of one state share their pages, like forks.
-  static Result<BlockPages> restore(std::shared_ptr<PageStore> store, const fs::path& path,
+  static Result<BlockPages> restore(const std::shared_ptr<PageStore>& store, const fs::path& path,
                                     std::int64_t max_blocks, std::vector<std::byte>* extra);
 
   // Memory of this stream outside the store (forks count shared segments in full), and its bound

@@ -167,8 +167,9 @@ Status BlockPages::save(const fs::path& path, std::span<const std::byte> extra) 
   return {};
 }
 
-Result<BlockPages> BlockPages::restore(std::shared_ptr<PageStore> store, const fs::path& path,
-                                       std::int64_t max_blocks, std::vector<std::byte>* extra) {
+Result<BlockPages> BlockPages::restore(const std::shared_ptr<PageStore>& store,
+                                       const fs::path& path, std::int64_t max_blocks,
+                                       std::vector<std::byte>* extra) {
   EVERLONG_ASSIGN(const auto file, MappedFile::open(path));
   Header header{};
   EVERLONG_RETURN_IF_ERROR(check_state(file.bytes(), *store, header).at(path.string()));

@@ -43,8 +43,9 @@ Status check(const BudgetShape& s) {
 Result<Budget> budget_of(const BudgetShape& s) {
   EVERLONG_RETURN_IF_ERROR(check(s));
   Budget b;
-  const double group = static_cast<double>(s.heads / s.kv_heads),
-               tokens = static_cast<double>(s.tokens), heads = static_cast<double>(s.heads);
+  const std::int64_t sharing = s.heads / s.kv_heads;
+  const auto group = static_cast<double>(sharing), tokens = static_cast<double>(s.tokens),
+             heads = static_cast<double>(s.heads);
   std::int64_t held = 0;
   for (std::size_t i = 0; i < s.geometry.patterns.size(); ++i) {
     const Pattern& pattern = s.geometry.patterns[i];

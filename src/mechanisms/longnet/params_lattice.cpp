@@ -6,7 +6,8 @@ namespace everlong::longnet {
 
 std::vector<LatticeRun> make_runs(const Geometry& geometry, std::size_t pattern,
                                   std::int64_t offset, std::int64_t position, std::int64_t tokens) {
-  const auto [w, r] = geometry.patterns[pattern];
+  // No structured binding: clang 14 lets no lambda take one.
+  const std::int64_t w = geometry.patterns[pattern].segment, r = geometry.patterns[pattern].ratio;
   const std::int64_t from = geometry.active_from(pattern), end = position + tokens;
   std::vector<LatticeRun> runs;
   const auto add = [&](std::int64_t t, std::int64_t segments) {
