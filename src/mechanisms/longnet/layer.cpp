@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "core/offsets.h"
 #include "core/settings.h"
+#include "layers/layer_call.h"
 #include "layers/linear.h"
 
 namespace everlong::longnet {
@@ -124,57 +124,24 @@ std::string DilatedSelfAttention::path(at::Device device) const {
   return path_taken(probe, probe, probe, options_) == "cpu" ? "cpu kernel" : "composite (ATen)";
 }
 
-void DilatedSelfAttention::check(const at::Tensor& x_BTD, const Sequences& sequences,
-                                 const State* state) const {
-  TORCH_CHECK_VALUE(x_BTD.dim() == 3 && x_BTD.size(2) == settings_.hidden_size && x_BTD.size(0) > 0,
-                    "longnet: x has shape ", x_BTD.sizes(), "; [B, T, ", settings_.hidden_size,
-                    "] is needed");
-  throw_if_error(check_offsets(sequences.offsets, x_BTD.size(0), x_BTD.size(1)).at("longnet"));
-  if (state == nullptr) return;
-  TORCH_CHECK_VALUE(
-      dynamic_cast<const LatticeState*>(state) != nullptr,
-      "longnet: the state is of another mechanism; take it from this layer's make_state");
-  TORCH_CHECK_VALUE(state->sequences() == sequences.count(x_BTD.size(0)), "longnet: a state of ",
-                    state->sequences(), " sequences for a call of ",
-                    sequences.count(x_BTD.size(0)));
-}
-
-// Rows without offsets share one table where they share their position.
-RopeTable DilatedSelfAttention::angles(const at::Tensor& x_BTD, const Sequences& sequences,
-                                       const State* state) const {
-  const std::int64_t batch = x_BTD.size(0), tokens = x_BTD.size(1);
-  std::vector<std::int64_t> starts(static_cast<std::size_t>(sequences.count(batch)), 0);
-  if (state != nullptr) starts = state->positions();
-  if (sequences.offsets.empty() &&
-      std::ranges::all_of(starts, [&](auto p) { return p == starts.front(); }))
-    starts.resize(1);
-  std::vector<std::int64_t> positions;
-  for (std::size_t n = 0; n < starts.size(); ++n)
-    for (std::int64_t t = 0; t < sequences.length(static_cast<std::int64_t>(n), tokens); ++t)
-      positions.push_back(starts[n] + t);
-  const std::int64_t tables =
-      sequences.offsets.empty() ? static_cast<std::int64_t>(starts.size()) : 1;
-  const RopePairs pairs =
-      settings_.rope == "half_split" ? RopePairs::kHalfSplit : RopePairs::kInterleaved;
-  return make_rope_table(positions, tables, frequencies_, pairs, x_BTD.scalar_type(),
-                         x_BTD.device());
-}
-
 at::Tensor DilatedSelfAttention::forward(const at::Tensor& x_BTD, const Sequences& sequences,
                                          State* state) {
-  check(x_BTD, sequences, state);
+  LatticeState* const own =
+      own_state_of<LatticeState>("longnet", x_BTD, settings_.hidden_size, sequences, state);
   const std::int64_t K = settings_.head_dim;
   at::Tensor q = q_proj_->forward(x_BTD).unflatten(2, {settings_.num_heads, K});
   at::Tensor k = k_proj_->forward(x_BTD).unflatten(2, {settings_.num_kv_heads, K});
   const at::Tensor v = v_proj_->forward(x_BTD).unflatten(2, {settings_.num_kv_heads, K});
   if (!frequencies_.empty()) {
-    const RopeTable table = angles(x_BTD, sequences, state);
+    const RopePairs pairs =
+        settings_.rope == "half_split" ? RopePairs::kHalfSplit : RopePairs::kInterleaved;
+    const RopeTable table = rope_of_call(x_BTD, sequences, own, frequencies_, pairs);
     q = apply_rope(q, table);
     k = apply_rope(k, table);
   }
   at::Tensor out;
-  if (state != nullptr) {
-    out = static_cast<LatticeState*>(state)->attend(q, k, v, sequences, options_);
+  if (own != nullptr) {
+    out = own->attend(q, k, v, sequences, options_);
   } else if (sequences.offsets.empty()) {
     out = attention(q, k, v, options_);
   } else {

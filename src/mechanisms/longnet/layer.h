@@ -34,9 +34,6 @@ class DilatedSelfAttention final : public Mixer {
   std::string path(at::Device device) const override;
 
  private:
-  void check(const at::Tensor& x_BTD, const Sequences& sequences, const State* state) const;
-  RopeTable angles(const at::Tensor& x_BTD, const Sequences& sequences, const State* state) const;
-
   LayerSettings settings_;
   Options options_;
   std::vector<double> frequencies_;

@@ -6,6 +6,7 @@
 #include "mechanisms/longnet/op_call.h"
 #include "mechanisms/longnet/op_cpu.h"
 #include "mechanisms/longnet/params_lattice.h"
+#include "ops/attention_refusals.h"
 #include "ops/reference_call.h"
 
 namespace everlong::longnet {
@@ -167,64 +168,41 @@ class DilatedAttention final : public Operator {
   }
 
   std::vector<std::pair<std::string, OpCall>> refusals() const override {
-    std::vector<std::pair<std::string, OpCall>> list;
-    const auto add = [&](const char* name, const OpShape& shape, auto&& change) {
-      OpCall call = sample(shape);
-      change(call);
-      list.emplace_back(name, std::move(call));
-    };
-    const OpShape plain{.tokens = 6, .heads = 4, .kv_heads = 2},
-        packed{.tokens = 6, .cu_seqlens = {0, 2, 6}}, carried{.tokens = 6, .initial_state = true};
+    AttentionRefusals list(*this);
     const auto set = [](const char* key, const json& value) {
       return [=](OpCall& c) { c.params[key] = value; };
     };
-    add("heads_not_a_multiple", plain,
-        [](OpCall& c) { c.inputs["q"] = c.inputs["q"].narrow(2, 0, 3); });
-    add("key_dims_differ", plain, [](OpCall& c) { c.inputs["q"] = c.inputs["q"].narrow(3, 0, 8); });
-    add("tokens_differ", plain, [](OpCall& c) { c.inputs["k"] = c.inputs["k"].narrow(1, 0, 5); });
-    add("three_dimensions", plain, [](OpCall& c) { c.inputs["v"] = c.inputs["v"].select(0, 0); });
-    add("mixed_dtypes", plain, [](OpCall& c) { c.inputs["k"] = c.inputs["k"].to(at::kFloat); });
-    add("integers", plain, [](OpCall& c) {
-      for (auto& [name, x] : c.inputs) x = x.to(at::kLong);
-    });
-    add("input_missing", plain, [](OpCall& c) { c.inputs.erase("v"); });
-    add("input_unknown", plain, [](OpCall& c) { c.inputs["slope"] = c.inputs["q"]; });
-    add("param_unknown", plain, set("segment_lengths", {16}));
-    add("patterns_missing", plain, [](OpCall& c) { c.params.erase("segment_length"); });
-    add("patterns_as_text", plain, set("segment_length", "[16, 32, 64]"));
-    add("patterns_of_two_lengths", plain, set("dilated_ratio", {1, 2}));
-    add("no_patterns", plain, [](OpCall& c) {
+    list.add("param_unknown", list.plain, set("segment_lengths", {16}));
+    list.add("patterns_missing", list.plain, [](OpCall& c) { c.params.erase("segment_length"); });
+    list.add("patterns_as_text", list.plain, set("segment_length", "[16, 32, 64]"));
+    list.add("patterns_of_two_lengths", list.plain, set("dilated_ratio", {1, 2}));
+    list.add("no_patterns", list.plain, [](OpCall& c) {
       c.params["segment_length"] = json::array();
       c.params["dilated_ratio"] = json::array();
     });
-    add("segment_zero", plain, set("segment_length", {16, 0, 64}));
-    add("ratio_negative", plain, set("dilated_ratio", {1, -2, 4}));
-    add("offset_rule_unknown", plain, set("offset_rule", "spread"));
-    add("scale_zero", plain, set("scale", 0));
-    add("grow_without_order", plain, [](OpCall& c) {
+    list.add("segment_zero", list.plain, set("segment_length", {16, 0, 64}));
+    list.add("ratio_negative", list.plain, set("dilated_ratio", {1, -2, 4}));
+    list.add("offset_rule_unknown", list.plain, set("offset_rule", "spread"));
+    list.add("scale_zero", list.plain, set("scale", 0));
+    list.add("grow_without_order", list.plain, [](OpCall& c) {
       c.params["beyond"] = "grow";
       c.params["segment_length"] = {64, 32, 16};
     });
-    add("grow_bidirectional", plain, [](OpCall& c) {
+    list.add("grow_bidirectional", list.plain, [](OpCall& c) {
       c.params["beyond"] = "grow";
       c.params["causal"] = false;
     });
-    add("state_bidirectional", carried, set("causal", false));
-    add("offsets_fall", packed, [](OpCall& c) { c.cu_seqlens = {0, 4, 2, 6}; });
-    add("offsets_past_the_end", packed, [](OpCall& c) { c.cu_seqlens = {0, 2, 7}; });
-    add("state_of_another_batch", carried, [](OpCall& c) {
-      c.state = DilatedAttention().sample({.batch = 2, .tokens = 6, .initial_state = true}).state;
-    });
-    add("state_of_another_width", carried,
-        [](OpCall& c) { c.state["k0"] = c.state["k0"].narrow(3, 0, 8); });
-    add("state_of_another_dtype", carried,
-        [](OpCall& c) { c.state["v1"] = c.state["v1"].to(at::kFloat); });
-    add("state_incomplete", carried, [](OpCall& c) { c.state.erase("position"); });
-    add("state_position_negative", carried,
-        [](OpCall& c) { c.state["position"] = c.state["position"] * 0 - 1; });
-    add("state_position_of_floats", carried,
-        [](OpCall& c) { c.state["position"] = c.state["position"].to(at::kDouble); });
-    return list;
+    list.add("state_bidirectional", list.carried, set("causal", false));
+    list.add("state_of_another_width", list.carried,
+             [](OpCall& c) { c.state["k0"] = c.state["k0"].narrow(3, 0, 8); });
+    list.add("state_of_another_dtype", list.carried,
+             [](OpCall& c) { c.state["v1"] = c.state["v1"].to(at::kFloat); });
+    list.add("state_incomplete", list.carried, [](OpCall& c) { c.state.erase("position"); });
+    list.add("state_position_negative", list.carried,
+             [](OpCall& c) { c.state["position"] = c.state["position"] * 0 - 1; });
+    list.add("state_position_of_floats", list.carried,
+             [](OpCall& c) { c.state["position"] = c.state["position"].to(at::kDouble); });
+    return std::move(list).take();
   }
 
   OpCost cost(const OpShape& shape, std::string_view pass,

@@ -4,15 +4,10 @@
 #include <cmath>
 
 #include "core/offsets.h"
+#include "kernels/attention_shapes.h"
 
 namespace everlong::longnet {
 namespace {
-
-std::string brackets(Shape shape) {
-  std::vector<std::string> sizes;
-  for (const auto size : shape) sizes.push_back(cat(size));
-  return cat("[", join(sizes, ", "), "]");
-}
 
 constexpr std::int64_t kLastPosition = std::int64_t{1} << 60;
 
@@ -46,24 +41,8 @@ Result<Beyond> beyond_of(const std::string& name) {
 }
 
 Status read_shapes(Shape q, Shape k, Shape v, Params& params) {
-  if (q.size() != 4 || k.size() != 4 || v.size() != 4)
-    return invalid_argument("longnet: q, k, v have shapes ", brackets(q), ", ", brackets(k), ", ",
-                            brackets(v), "; [B, T, H, K], [B, T, G, K], [B, T, G, V] are needed");
-  if (k[0] != q[0] || v[0] != q[0] || k[1] != q[1] || v[1] != q[1])
-    return invalid_argument("longnet: q, k, v have ", q[0], ", ", k[0], ", ", v[0], " rows of ",
-                            q[1], ", ", k[1], ", ", v[1],
-                            " tokens; batch and tokens must agree (past keys come in the state)");
-  if (k[3] != q[3])
-    return invalid_argument("longnet: the key dim of q is ", q[3], " and that of k ", k[3],
-                            "; they must agree (v may differ)");
-  if (k[2] != v[2])
-    return invalid_argument("longnet: k has ", k[2], " heads and v ", v[2], "; they must agree");
-  params.batch = q[0];
-  params.tokens = q[1];
-  params.heads = q[2];
-  params.kv_heads = k[2];
-  params.key_dim = q[3];
-  params.value_dim = v[3];
+  EVERLONG_ASSIGN(const AttentionSizes sizes, attention_sizes("longnet", q, k, v));
+  sizes.put_into(params);
   return {};
 }
 
@@ -97,16 +76,7 @@ Status validate(const Geometry& s) {
 }
 
 Status validate(const Params& p) {
-  if (p.batch < 1 || p.tokens < 0)
-    return invalid_argument("longnet: batch ", p.batch, " of ", p.tokens,
-                            " tokens; at least one row is needed (no tokens in it are legal)");
-  if (p.key_dim < 1 || p.value_dim < 1)
-    return invalid_argument("longnet: key dim ", p.key_dim, " and value dim ", p.value_dim,
-                            "; both must be >= 1");
-  if (p.kv_heads < 1 || p.heads < 1 || p.heads % p.kv_heads != 0)
-    return invalid_argument("longnet: ", p.heads, " query heads cannot share ", p.kv_heads,
-                            " key/value heads; a multiple of ",
-                            std::max<std::int64_t>(p.kv_heads, 1), ", at least one, is needed");
+  EVERLONG_RETURN_IF_ERROR(check_sizes("longnet", AttentionSizes::of(p)));
   if (!std::isfinite(p.scale) || p.scale <= 0)
     return invalid_argument("longnet: scale = ", p.scale, "; a finite number > 0 is needed");
   EVERLONG_RETURN_IF_ERROR(validate(p.geometry));

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "core/offsets.h"
 #include "core/settings.h"
+#include "layers/layer_call.h"
 #include "layers/weights.h"
 #include "ops/rms_norm.h"
 
@@ -76,18 +76,7 @@ std::string GatedAttention::path(at::Device device) const { return timenorm_->pa
 
 LayerState* GatedAttention::own_state(const at::Tensor& x_BTD, const Sequences& sequences,
                                       State* state) const {
-  TORCH_CHECK_VALUE(x_BTD.dim() == 3 && x_BTD.size(2) == settings_.hidden_size && x_BTD.size(0) > 0,
-                    "megalodon: x has shape ", x_BTD.sizes(), "; [B, T, ", settings_.hidden_size,
-                    "] is needed");
-  throw_if_error(check_offsets(sequences.offsets, x_BTD.size(0), x_BTD.size(1)).at("megalodon"));
-  auto* own = dynamic_cast<LayerState*>(state);
-  const std::int64_t count = sequences.count(x_BTD.size(0));
-  TORCH_CHECK_VALUE(
-      state == nullptr || own != nullptr,
-      "megalodon: the state is of another mechanism; take it from this layer's make_state");
-  TORCH_CHECK_VALUE(own == nullptr || own->sequences() == count, "megalodon: the state holds ",
-                    own == nullptr ? 0 : own->sequences(), " sequences and the call ", count);
-  return own;
+  return own_state_of<LayerState>("megalodon", x_BTD, settings_.hidden_size, sequences, state);
 }
 
 at::Tensor GatedAttention::forward(const at::Tensor& x_BTD, const Sequences& sequences,

@@ -100,11 +100,12 @@ at::Tensor complex_state(const at::Tensor& x_BTD, const EmaWeights& w, const at:
 }  // namespace
 
 at::Tensor ema_planes(const EmaWeights& w) {
-  const Modes modes(w, at::kFloat);
+  // q is rounded once: its error grows with every token that passes through it.
+  const Modes modes(w, at::kDouble);
   const auto [re, im] = modes.powers(1);
   return at::stack({re.select(2, 1), im.select(2, 1), modes.a, modes.c_re, modes.c_im})
       .transpose(1, 2)
-      .contiguous();
+      .to(at::kFloat, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous);
 }
 
 Averaged composite_cema(const at::Tensor& x_BTD, const EmaWeights& w, const at::Tensor& h_BDM2) {
@@ -131,11 +132,12 @@ Averaged naive_cema(const at::Tensor& x_BTD, const EmaWeights& w, const at::Tens
   if (x_BTD.size(1) == 0) return {x_BTD.clone(), at::view_as_real(h).clone()};
   const at::Tensor x = x_BTD.to(dtype);
   const Modes modes(w, dtype);
-  const auto [re, im] = modes.powers(1);
+  // Every token uses q: in fp64, where so many slopes of one tensor add up without loss.
+  const auto [re, im] = Modes(w, at::kDouble).powers(1);
   const at::Tensor q = at::complex(re.select(2, 1), im.select(2, 1));
   std::vector<at::Tensor> ys;
   for (const at::Tensor& u : x.unbind(1)) {  // [B, D]
-    h = q * h + modes.a * u.unsqueeze(-1);
+    h = q.to(h.scalar_type()) * h + modes.a * u.unsqueeze(-1);
     ys.push_back((modes.c_re * at::real(h) - modes.c_im * at::imag(h)).sum(-1));
   }
   const at::Tensor omega = w.omega_D1.squeeze(-1).to(dtype);

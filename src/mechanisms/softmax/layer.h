@@ -33,9 +33,6 @@ class Attention final : public Mixer {
   std::string path(at::Device device) const override;
 
  private:
-  void check(const at::Tensor& x_BTD, const Sequences& sequences, const State* state) const;
-  RopeTable angles(const at::Tensor& x_BTD, const Sequences& sequences, const State* state) const;
-
   LayerSettings settings_;
   std::vector<double> frequencies_;
   std::shared_ptr<Linear> q_proj_, k_proj_, v_proj_, o_proj_;
