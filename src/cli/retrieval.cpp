@@ -131,13 +131,18 @@ struct RetrievalCommand {
   void add(Command& command) {
     model.add(command);
     command.option("--lengths N,N,...", options.lengths,
-                   "tokens of a prompt, question included: exactly so many");
+                   "tokens of a prompt, question included: exactly so many (landmarks of the "
+                   "model come on top)");
     command.option("--depths P,P,...", depths,
                    "where the fact is hidden, in percent: 0 begin, 100 right before the question");
     command.option("--prompts N", options.prompts, "prompts of each length and depth");
     command.option("--jitter N", options.jitter,
                    "move the fact by up to N tokens either way, so that it meets the borders of "
                    "segments and blocks in all ways");
+    command.option(
+        "--length-jitter N", options.length_jitter,
+        "make each prompt up to N tokens shorter, so that the question meets them in all "
+        "ways too");
     command.option("--digits N", task.digits, "digits of a number");
     command.choice("--filler", filler, {"sentences", "shuffled", "words", "digits", "text"},
                    "what hides the fact: the same five sentences over and over, or shuffled; "

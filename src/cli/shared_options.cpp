@@ -6,18 +6,51 @@
 #include <nlohmann/json.hpp>
 
 #include "cli/terminal.h"
+#include "mechanisms/mechanism.h"
 #include "ops/runtime.h"
 
 namespace everlong::cli {
 namespace {
 
+// "softmax:landmark": layers of the one are built as the other, their settings go along. The
+// weights must be named alike, which loading checks.
+Status rename_layers(ModelConfig& config, const std::string& names) {
+  const auto colon = names.find(':');
+  const std::string from = names.substr(0, colon);
+  const std::string to = colon == std::string::npos ? "" : names.substr(colon + 1);
+  EVERLONG_RETURN_IF_ERROR(find_mechanism(to).status());
+  if (std::ranges::find(config.layer_types, from) == config.layer_types.end())
+    return invalid_argument("no layer of this model is \"", from,
+                            "\"; its layers are: ", join(config.layer_types, ", "));
+  if (std::ranges::find(config.layer_types, to) != config.layer_types.end())
+    return invalid_argument("this model has layers of \"", to,
+                            "\" already, with settings of their ", "own");
+  const auto found = config.mechanisms.find(from);
+  if (from == "softmax" && found != config.mechanisms.end() && found->second.value("window", 0) > 0)
+    return unsupported(
+        "these softmax layers see a window of tokens; only layers that see all of the ",
+        "past can be read as another mechanism");
+  std::ranges::replace(config.layer_types, from, to);
+  if (auto settings = config.mechanisms.extract(from); !settings.empty()) {
+    settings.key() = to;
+    config.mechanisms.insert(std::move(settings));
+  }
+  return {};
+}
+
 // Lays "mechanism.key=value" over the config; values are JSON, or else plain text.
 Status change(ModelConfig& config, const std::vector<std::string>& settings) {
   for (const std::string& text : settings) {
     const auto equals = text.find('='), dot = text.find('.');
+    if (text.starts_with("layer_types=")) {
+      EVERLONG_RETURN_IF_ERROR(
+          rename_layers(config, text.substr(equals + 1)).at(cat("--set ", text)));
+      continue;
+    }
     if (equals == std::string::npos || dot == std::string::npos || dot > equals)
       return invalid_argument("--set ", text,
-                              ": MECHANISM.KEY=VALUE is needed, as in landmark.top_k=4");
+                              ": MECHANISM.KEY=VALUE is needed, as in landmark.top_k=4, or ",
+                              "layer_types=FROM:TO, as in layer_types=softmax:landmark");
     const std::string mechanism = text.substr(0, dot), value = text.substr(equals + 1);
     if (std::ranges::find(config.layer_types, mechanism) == config.layer_types.end())
       return invalid_argument("--set ", text, ": no layer of this model is \"", mechanism,
@@ -56,7 +89,9 @@ fs::path model_folder(const fs::path& given) {
 void ModelOptions::add(Command& command) {
   command.required_option("-m,--model DIR", folder, "model folder, or a run folder that holds one");
   command.option("--set MECHANISM.KEY=VALUE", settings,
-                 "change a mechanism's setting of config.json for this run; repeatable");
+                 "change a mechanism's setting of config.json for this run; repeatable. "
+                 "layer_types=FROM:TO reads layers of one mechanism as another with the same "
+                 "weights, as in layer_types=softmax:landmark");
   place.add(command);
 }
 

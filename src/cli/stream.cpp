@@ -39,15 +39,17 @@ struct StreamCommand {
                            report.total.tokens > 0
                                ? cat("; ", fixed(report.total.bits_per_byte(), 4), " bits per byte")
                                : "",
-                           "\n"));
+                           "\n", tiers(report)));
   }
 
   static std::string table(const StreamingReport& report) {
     const bool timed = !report.marks.empty() && report.marks.front().speed.repeats > 0;
     const bool device = !report.marks.empty() && report.marks.front().device_bytes.has_value();
+    const bool files = !report.marks.empty() && report.marks.back().file_bytes_bound > 0;
     std::vector<std::string> head = {"position", "tokens/s"};
     if (timed) head.emplace_back("as it streamed");
     head.insert(head.end(), {"state", "bound", "resident"});
+    if (files) head.insert(head.end(), {"file", "file bound"});
     if (device) head.emplace_back("on the GPU");
     Table out(std::move(head));
     const auto whole = [](double value) { return with_commas(static_cast<std::int64_t>(value)); };
@@ -57,10 +59,33 @@ struct StreamCommand {
       if (timed) row.push_back(whole(mark.observed));
       for (const auto bytes : {mark.state_bytes, mark.state_bytes_bound, mark.resident_bytes})
         row.push_back(human_bytes(static_cast<double>(bytes)));
+      if (files)
+        for (const auto bytes : {mark.file_bytes, mark.file_bytes_bound})
+          row.push_back(human_bytes(static_cast<double>(bytes)));
       if (mark.device_bytes) row.push_back(human_bytes(static_cast<double>(*mark.device_bytes)));
       out.add(std::move(row));
     }
     return out.text();
+  }
+
+  // What states in tiers counted: how often memory sufficed, and how sure the answers are.
+  static std::string tiers(const StreamingReport& report) {
+    const auto count = [&](const char* name) {
+      const auto found = report.counts.find(name);
+      return found == report.counts.end() ? 0.0 : found->second;
+    };
+    const auto whole = [](double value) { return with_commas(static_cast<std::int64_t>(value)); };
+    std::string text;
+    if (const double reads = count("page_hits") + count("page_misses"); reads > 0)
+      text += cat(whole(reads), " pages read, ", fixed(100 * count("page_hits") / reads, 2),
+                  " % of them in memory; ", whole(count("pages_spilled")), " written to files\n");
+    if (const double queries = count("queries"); queries > 0)
+      text +=
+          cat(fixed(100 * count("queries_certified") / queries, 2), " % of ", whole(queries),
+              " queries certified: what was left unread changes them by at most epsilon; it had ",
+              fixed(100 * count("unread_share") / queries, 3), " % of the weight, after ",
+              fixed(count("blocks_more") / queries, 2), " blocks more than top_k\n");
+    return text;
   }
 };
 
@@ -76,7 +101,8 @@ void add_stream(Command& program) {
                          "of the stream at every mark in turn, "
                          "median of several rounds, so that a noisy machine treats all marks "
                          "alike; beside it stands the speed as it "
-                         "streamed.");
+                         "streamed. States that lie in files too (Landmark Attention with "
+                         "landmark.pages) have columns for them.");
   command.model.add(stream);
   command.text.add(stream);
   stream.option("-n,--tokens N", command.options.tokens, "how far");
@@ -88,6 +114,10 @@ void add_stream(Command& program) {
   stream.example("everlong stream --model runs/demo --data data/python-doc.tokens");
   stream.example(
       "everlong stream --model runs/demo --text book.txt --tokens 50000 --marks 1000,50000");
+  stream.example(
+      "everlong stream --model runs/lm --data data/book --set landmark.pages=/tmp/pages --set "
+      "landmark.epsilon=0.01",
+      "blocks of the past in memory and on disk, and how sure the answers are");
   stream.run([] { return command.run(); });
 }
 

@@ -87,7 +87,7 @@ Result<PerplexityReport> perplexity(Stream& stream, const TokenSource& source,
       end = std::min(end, (done / options.reset_every + 1) * options.reset_every);
     ids.resize(static_cast<std::size_t>(end - done));
     EVERLONG_RETURN_IF_ERROR(source.read(done, ids));
-    const std::int64_t position = stream.position();
+    const std::int64_t position = stream.text_position();
     EVERLONG_ASSIGN(const auto log_probabilities, stream.score(ids));
     buckets.add(position, ids, log_probabilities, tokenizer);
     const bool document_ended = options.reset_at_documents && end == source.document_end(done);

@@ -9,6 +9,8 @@
 namespace everlong {
 namespace {
 
+constexpr std::uint64_t kLengthDraw = 0x6c656e677468;  // "length": a seed of its own
+
 Status check(const RetrievalOptions& options, const RetrievalPrompts& prompts) {
   if (options.lengths.empty() || options.depths.empty() || options.prompts < 1)
     return invalid_argument("nothing to measure: ", options.lengths.size(), " lengths, ",
@@ -16,14 +18,16 @@ Status check(const RetrievalOptions& options, const RetrievalPrompts& prompts) {
                             " prompts a cell; at least one of each is needed");
   if (options.feed < 1)
     return invalid_argument("feed = ", options.feed, "; at least 1 token is fed at a time");
-  if (options.jitter < 0 || options.local < 0)
-    return invalid_argument("jitter = ", options.jitter, ", local = ", options.local,
-                            "; token counts must not be negative");
+  if (options.jitter < 0 || options.length_jitter < 0 || options.local < 0)
+    return invalid_argument("jitter = ", options.jitter,
+                            ", length_jitter = ", options.length_jitter,
+                            ", local = ", options.local, "; token counts must not be negative");
   for (const std::int64_t length : options.lengths)
-    if (length < prompts.least_tokens())
-      return invalid_argument("a prompt of ", length, " tokens has no room for the task ",
-                              name(prompts.task().kind), ", which needs at least ",
-                              prompts.least_tokens(), " tokens; ask for longer prompts");
+    if (length - options.length_jitter < prompts.least_tokens())
+      return invalid_argument("a prompt of ", length - options.length_jitter,
+                              " tokens has no room for the task ", name(prompts.task().kind),
+                              ", which needs at least ", prompts.least_tokens(),
+                              " tokens; ask for longer prompts");
   for (const double depth : options.depths)
     if (!(depth >= 0 && depth <= 1))
       return invalid_argument("depth ", depth, " is out of range; allowed: 0 (begin) to 1 (end)");
@@ -81,20 +85,22 @@ class Measurement {
       const auto seed = mixed_seed({options_.seed, static_cast<std::uint64_t>(length),
                                     static_cast<std::uint64_t>(std::llround(depth * 1e6)),
                                     static_cast<std::uint64_t>(number)});
-      EVERLONG_ASSIGN(const auto prompt, prompts_.prompt({length, depth, options_.jitter}, seed));
+      Random random{mixed_seed({seed, kLengthDraw})};
+      const std::int64_t tokens = length - random.between(0, options_.length_jitter);
+      EVERLONG_ASSIGN(const auto prompt, prompts_.prompt({tokens, depth, options_.jitter}, seed));
       EVERLONG_RETURN_IF_ERROR(read(prompt, 0));
       cell.state_bytes = std::max(cell.state_bytes, reader_.state_bytes());
       EVERLONG_ASSIGN(const auto score, answer(reader_, prompt));
       cell.score.add(score);
       score_.add(score);
       cell.prompts.push_back({prompt.fact_begin, score.tokens.successes, score.tokens.trials});
-      const std::int64_t after = length - prompt.fact_end;
+      const std::int64_t after = tokens - prompt.fact_end;
       cell.nearest = std::min(cell.nearest, after);
       cell.farthest = std::max(cell.farthest, after);
-      cell.within_local += length - prompt.fact_begin <= options_.local ? 1 : 0;
+      cell.within_local += tokens - prompt.fact_begin <= options_.local ? 1 : 0;
       if (options_.control) {
         const std::int64_t seen = std::max(prompt.question_tokens(), options_.local);
-        EVERLONG_RETURN_IF_ERROR(read(prompt, std::max<std::int64_t>(length - seen, 0)));
+        EVERLONG_RETURN_IF_ERROR(read(prompt, std::max<std::int64_t>(tokens - seen, 0)));
         EVERLONG_ASSIGN(const auto without, answer(reader_, prompt));
         cell.control.add(without);
       }
@@ -189,17 +195,28 @@ nlohmann::ordered_json to_json(const RetrievalReport& report) {
       prompts.push_back({prompt.fact_begin, prompt.right, prompt.scored});
     cells.push_back(std::move(object));
   }
+  auto lengths = nlohmann::ordered_json::array();  // all depths of each
+  for (const std::int64_t length : options.lengths) {
+    RetrievalScore sum;
+    for (const auto& cell : report.cells)
+      if (cell.length == length) sum.add(cell.score);
+    auto object = to_json(sum);
+    object["length"] = length;
+    lengths.push_back(std::move(object));
+  }
   nlohmann::ordered_json object = {{"task", task},
                                    {"filler", name(report.filler)},
                                    {"lengths", options.lengths},
                                    {"depths", options.depths},
                                    {"prompts", options.prompts},
                                    {"jitter", options.jitter},
+                                   {"length_jitter", options.length_jitter},
                                    {"local", options.local},
                                    {"seed", options.seed},
                                    {"total", to_json(report.total())},
                                    {"tokens", report.tokens},
                                    {"seconds", report.seconds},
+                                   {"by_length", std::move(lengths)},
                                    {"cells", std::move(cells)}};
   if (options.control) object["total_control"] = to_json(report.total_control());
   return object;

@@ -13,9 +13,10 @@ namespace everlong {
 struct RetrievalOptions {
   std::vector<std::int64_t> lengths = {1024, 4096, 16384};  // tokens of the prompt, exactly
   std::vector<double> depths = {0, 0.5, 1};
-  std::int64_t prompts = 20;  // a cell
-  std::int64_t jitter = 0;    // tokens that a fact moves by, either way
-  std::int64_t feed = 2048;   // tokens handed over at a time: all of a prompt that is in memory
+  std::int64_t prompts = 20;       // a cell
+  std::int64_t jitter = 0;         // tokens that a fact moves by, either way
+  std::int64_t length_jitter = 0;  // prompts are up to so many tokens shorter, each its own
+  std::int64_t feed = 2048;  // tokens handed over at a time: all of a prompt that is in memory
   // The memory-off control reads only the last `local` tokens of the prompt, and at least the
   // question, into a fresh state: what a model knows without its memory.
   std::int64_t local = 0;

@@ -81,6 +81,8 @@ std::string facts(const RetrievalReport& report, const ordered_json& object) {
   add("filler", std::string(name(report.filler)));
   add("prompts a cell", cat(options.prompts, ", seed ", options.seed));
   add("jitter of the fact", cat(options.jitter, " tokens either way"));
+  if (options.length_jitter > 0)
+    add("jitter of the length", cat("up to ", options.length_jitter, " tokens shorter"));
   if (options.local > 0)
     add("within reach of attention alone", cat("the last ", with_commas(options.local), " tokens"));
   add("tokens read", cat(with_commas(report.tokens), " in ", human_duration(report.seconds)));

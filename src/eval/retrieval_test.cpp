@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "eval/retrieval_page.h"
 
@@ -115,6 +116,26 @@ TEST(Retrieval, EveryAnswerIsAskedForAfterExactlyThePrompt) {
   }
 }
 
+TEST(Retrieval, PromptsMayBeShorterEachItsOwnWay) {
+  const Made made;
+  Copier reader(1 << 20);
+  RetrievalOptions options{
+      .lengths = {300}, .depths = {0, 1}, .prompts = 40, .length_jitter = 20, .control = false};
+  const auto report = *retrieval(reader, made.prompts, options);
+  EXPECT_EQ(report.total().exact.successes, 80) << "the question ends where the prompt does";
+  std::set<std::int64_t> seen;
+  for (const auto& [length, count] : reader.lengths)
+    if (length <= 300) seen.insert(length);
+  EXPECT_GE(*seen.begin(), 280);
+  EXPECT_GT(seen.size(), 15u) << "of 21 lengths";
+  EXPECT_EQ(report.cells[1].nearest, report.cells[1].farthest) << "the question alone comes after";
+  const auto object = to_json(report);
+  EXPECT_EQ(object["length_jitter"], 20);
+  EXPECT_EQ(object["by_length"][0]["exact"]["trials"], 80);
+  options.lengths = {60};
+  EXPECT_FALSE(retrieval(reader, made.prompts, options).ok()) << "40 are too few";
+}
+
 TEST(Retrieval, CellsDoNotDependOnOneAnother) {
   const Made made;
   Copier first(300), second(300);
@@ -174,7 +195,8 @@ TEST(Retrieval, WhatCannotBeMeasuredIsRefusedBeforeAnythingIsRead) {
   Copier reader(100);
   const std::vector<RetrievalOptions> wrong = {
       {.lengths = {}},       {.depths = {}}, {.prompts = 0}, {.lengths = {1000, 45}},
-      {.depths = {0, 1.01}}, {.jitter = -1}, {.feed = 0},    {.local = -1}};
+      {.depths = {0, 1.01}}, {.jitter = -1}, {.feed = 0},    {.local = -1},
+      {.length_jitter = -1}};
   for (const auto& options : wrong) EXPECT_FALSE(retrieval(reader, made.prompts, options).ok());
   EXPECT_EQ(reader.fed, 0);
 }

@@ -68,14 +68,16 @@ class Recent {
   std::vector<double> values_;
 };
 
-StreamingMark mark_here(const Stream& stream, const Recent& speeds, const Recent& resident,
-                        at::Device device) {
+StreamingMark mark_here(const Stream& stream, std::int64_t tokens, const Recent& speeds,
+                        const Recent& resident, at::Device device) {
   StreamingMark mark;
-  mark.tokens = stream.position();
+  mark.tokens = tokens;
   mark.observed = speeds.median();
   mark.resident_bytes = static_cast<std::int64_t>(resident.most());
   mark.state_bytes = stream.state_bytes();
   mark.state_bytes_bound = stream.state_bytes_bound();
+  mark.file_bytes = stream.file_bytes();
+  mark.file_bytes_bound = stream.file_bytes_bound();
   if (const auto memory = device_memory(device)) mark.device_bytes = memory->allocated;
   return mark;
 }
@@ -149,7 +151,7 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
       window = StreamingWindow{.begin = done};
     }
     if (at_mark) {
-      report.marks.push_back(mark_here(stream, speeds, resident, device));
+      report.marks.push_back(mark_here(stream, done, speeds, resident, device));
       if (options.rounds > 0) copies.push_back(stream.clone());
       ++next_mark;
     }
@@ -158,6 +160,7 @@ Result<StreamingReport> measure_streaming(Stream& stream, const TokenSource& sou
   report.seconds = all.seconds();
   report.buckets = buckets.buckets();
   report.total = buckets.total();
+  report.counts = stream.state_counts();
   if (!copies.empty()) {
     EVERLONG_ASSIGN(const auto in_turns, time_in_turns(copies, first_feed, options, device));
     for (std::size_t i = 0; i < in_turns.size(); ++i) report.marks[i].speed = in_turns[i];
@@ -180,6 +183,10 @@ nlohmann::ordered_json to_json(const StreamingReport& report) {
     entry["observed"] = mark.observed;
     entry["state_bytes"] = mark.state_bytes;
     entry["state_bytes_bound"] = mark.state_bytes_bound;
+    if (mark.file_bytes_bound > 0) {
+      entry["file_bytes"] = mark.file_bytes;
+      entry["file_bytes_bound"] = mark.file_bytes_bound;
+    }
     entry["resident_bytes"] = mark.resident_bytes;
     if (mark.device_bytes) entry["device_bytes"] = *mark.device_bytes;
     out["marks"].push_back(entry);
@@ -193,6 +200,7 @@ nlohmann::ordered_json to_json(const StreamingReport& report) {
          {"state_bytes", window.state_bytes},
          {"resident_bytes", window.resident_bytes}});
   out["buckets"] = to_json(report.buckets);
+  if (!report.counts.empty()) out["counts"] = report.counts;
   return out;
 }
 

@@ -1,7 +1,9 @@
 // One stream, very long: does it keep its speed and its memory?
 #pragma once
+#include <map>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "eval/perplexity.h"
@@ -25,6 +27,7 @@ struct StreamingMark {
   double observed =
       0;  // tokens a second as it streamed: median over the last feeds before the mark
   std::int64_t state_bytes = 0, state_bytes_bound = 0;
+  std::int64_t file_bytes = 0, file_bytes_bound = 0;  // of states that lie in files too
   std::int64_t resident_bytes = 0;  // the most during the last 16 feeds: it goes up and down
   std::optional<std::int64_t> device_bytes;
 };
@@ -43,6 +46,7 @@ struct StreamingReport {
   std::vector<StreamingWindow> windows;  // about 24 a decade
   std::vector<PositionBucket> buckets;   // when scored
   PositionBucket total;
+  std::map<std::string, double> counts;  // Stream::state_counts at the end
 };
 
 // Resets the stream and feeds it the first `tokens` tokens of the source. Marks beyond them are

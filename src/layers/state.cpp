@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "layers/tiered_state.h"
+
 namespace everlong {
 
 std::unique_ptr<State> State::clone() const {
@@ -14,6 +16,7 @@ std::unique_ptr<State> State::clone() const {
 }
 
 std::int64_t State::bytes() const {
+  if (const auto* tiered = dynamic_cast<const TieredState*>(this)) return tiered->memory_bytes();
   std::int64_t total = static_cast<std::int64_t>(positions_.size() * sizeof(std::int64_t));
   for (const auto& [name, tensor] : tensors())
     total += static_cast<std::int64_t>(tensor.storage().nbytes());

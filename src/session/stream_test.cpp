@@ -6,7 +6,7 @@
 #include <cstring>
 #include <random>
 
-#include "models/checkpoint.h"
+#include "models/checked_file.h"
 #include "support/small_models.h"
 
 namespace everlong {
@@ -249,6 +249,8 @@ TEST(StreamFile, NotesTravelUnread) {
   EXPECT_EQ(stream.position(), 4);
 }
 
+constexpr const char* kStreamFormat = "everlong-stream-2";
+
 // Every refusal names its reason and leaves the stream as it was.
 class RefusedStreamFile : public ::testing::Test {
  protected:
@@ -267,10 +269,10 @@ class RefusedStreamFile : public ::testing::Test {
 
   template <class Change>
   void rewrite(const Change& change) {
-    auto file = load_tensors(path());
+    auto file = read_checked(path(), kStreamFormat, "a stream file");
     ASSERT_TRUE(file.ok());
     change(*file);
-    ASSERT_TRUE(save_tensors(path(), file->tensors, file->metadata).ok());
+    ASSERT_TRUE(write_checked(path(), *file, kStreamFormat).ok());
   }
   void expect_refused(std::string_view part) {
     const Status status = stream_.load(path());
@@ -302,10 +304,13 @@ TEST_F(RefusedStreamFile, OfAnotherModel) {
 }
 
 TEST_F(RefusedStreamFile, OfAnotherFormat) {
-  rewrite([](TensorFile& file) { file.metadata["format"] = "everlong-stream-2"; });
-  expect_refused("everlong-stream-2");
-  rewrite([](TensorFile& file) { file.metadata.clear(); });
+  const auto original = *load_tensors(path());
+  auto metadata = original.metadata;
+  metadata["format"] = "everlong-stream-1";
+  ASSERT_TRUE(save_tensors(path(), original.tensors, metadata).ok());
   expect_refused("everlong-stream-1");
+  ASSERT_TRUE(save_tensors(path(), original.tensors, {}).ok());
+  expect_refused(kStreamFormat);
 }
 
 TEST_F(RefusedStreamFile, WithABrokenPosition) {
@@ -318,7 +323,7 @@ TEST_F(RefusedStreamFile, WithABrokenPosition) {
 }
 
 TEST_F(RefusedStreamFile, WithTensorsThatDoNotFit) {
-  const auto original = *load_tensors(path());
+  const auto original = *read_checked(path(), kStreamFormat, "a stream file");
   for (const auto& [name, tensor] : original.tensors) {
     rewrite([&](TensorFile& file) { file.tensors.erase(name); });
     expect_refused(name == "logits" ? "logits" : "layer");
@@ -331,6 +336,18 @@ TEST_F(RefusedStreamFile, WithTensorsThatDoNotFit) {
   }
   rewrite([](TensorFile& file) { file.tensors["layers.7.S"] = at::zeros({1}); });
   expect_refused("layers.7.S");
+}
+
+// No byte of the file may change what is loaded: header, numbers, position.
+TEST_F(RefusedStreamFile, WithAChangedByte) {
+  const std::string whole = *read_file(path());
+  for (const std::size_t at : {whole.find("\"position\":\"") + 12, whole.size() - 1,
+                               whole.size() - 500, whole.size() - 1000}) {
+    std::string changed = whole;
+    changed[at] = static_cast<char>(changed[at] ^ 1);
+    ASSERT_TRUE(write_file(path(), changed).ok());
+    expect_refused("checksum");
+  }
 }
 
 TEST_F(RefusedStreamFile, CutShort) {

@@ -71,7 +71,7 @@ PageStore::Page PageStore::new_entry() {
   first_free_ = entry(page).slot;
   entry(page) = Entry{};
   entry(page).owners = 1;
-  ++alive_;
+  most_alive_ = std::max(most_alive_, ++alive_);
   return page;
 }
 
@@ -315,6 +315,11 @@ std::int64_t PageStore::file_bytes() const {
 std::int64_t PageStore::pages() const {
   const std::lock_guard lock(mutex_);
   return alive_;
+}
+
+std::int64_t PageStore::most_pages() const {
+  const std::lock_guard lock(mutex_);
+  return most_alive_;
 }
 
 StoreCounts PageStore::counts() const {

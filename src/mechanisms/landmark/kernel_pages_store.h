@@ -98,7 +98,8 @@ class PageStore : public std::enable_shared_from_this<PageStore> {
   static std::int64_t file_bound(const PageShape& shape, std::int64_t pages) {
     return kFileUnit + pages * record_bytes(shape);
   }
-  std::int64_t pages() const;  // alive
+  std::int64_t pages() const;       // alive
+  std::int64_t most_pages() const;  // alive at once, so far: tables and slots do not shrink
   StoreCounts counts() const;
 
  private:
@@ -139,7 +140,7 @@ class PageStore : public std::enable_shared_from_this<PageStore> {
   std::optional<PageFile> file_;
   std::vector<std::unique_ptr<Entry[]>> entries_;
   Page first_free_ = kNone;
-  std::int64_t alive_ = 0, clock_ = 0;
+  std::int64_t alive_ = 0, most_alive_ = 0, clock_ = 0;
   std::vector<Slot> slots_;
   std::vector<std::uint32_t> free_slots_;
   std::set<std::pair<double, std::uint32_t>> by_weight_;  // slots that are not pinned

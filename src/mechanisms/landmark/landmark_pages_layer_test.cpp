@@ -1,5 +1,6 @@
 // Blocks in tiers against the plain memory of the same layer.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <stdlib.h>
 
@@ -271,7 +272,8 @@ TEST(LandmarkPagedMemory, ALayerWithPagesGivesWhatItGivesWithout) {
   settings.head_dim = 6;
   settings.retrieval = {.block = 5, .top_k = 2, .window = 1};
   LandmarkAttention plain(settings);
-  settings.pages = {.folder = folder.path.string(), .megabytes = 1};
+  settings.pages.folder = folder.path.string();
+  settings.pages.megabytes = 1;
   LandmarkAttention paged(settings);
   const at::NoGradGuard no_grad;
   for (auto& parameter : paged.named_parameters())
@@ -295,6 +297,56 @@ TEST(LandmarkPagedMemory, ALayerWithPagesGivesWhatItGivesWithout) {
   };
   EXPECT_TRUE(read(R"({"top_k": 4, "pages": "here", "page_megabytes": 2})").ok());
   EXPECT_FALSE(read(R"({"pages": "here"})").ok()) << "top_k = 0 reads everything";
+  EXPECT_FALSE(read(R"({"top_k": 4, "pages": "here", "score": "mean"})").ok());
+  EXPECT_TRUE(read(R"({"top_k": 4, "pages": "here", "epsilon": 0.01})").ok());
+  EXPECT_FALSE(read(R"({"top_k": 4, "epsilon": 0.01})").ok()) << "without pages";
+  EXPECT_FALSE(read(R"({"top_k": 4, "pages": "here", "epsilon_blocks": 3})").ok());
+}
+
+// What is held is asked without making the tensors, and stays within its bounds at every length.
+TEST(LandmarkPagedMemory, TellsWhatMemoryAndFileHold) {
+  const Folder folder;
+  at::set_num_threads(1);  // a second thread would only wait for work this small
+  LayerSettings settings;
+  settings.hidden_size = 16;
+  settings.num_heads = settings.num_kv_heads = 2;
+  settings.head_dim = 32;
+  settings.pages.folder = folder.path.string();
+  settings.pages.megabytes = 1;
+  settings.pages.epsilon = 0.5;
+  settings.pages.most_more = 2;
+  constexpr std::int64_t kTokens = 4'000, kFeed = 500, kRow = 2 * (32 + 32) * 4;
+  for (const std::int64_t max_blocks : {0, 200}) {
+    settings.retrieval = {.block = 4, .top_k = 2, .window = 1, .max_blocks = max_blocks};
+    LandmarkAttention layer(settings);
+    const auto state = layer.make_state(1);
+    const auto& tiers = dynamic_cast<const TieredState&>(*state);
+    const at::NoGradGuard no_grad;
+    for (std::int64_t fed = 0; fed < kTokens; fed += kFeed) {
+      (void)layer.forward(at::randn({1, kFeed, 16}), {}, state.get());
+      EXPECT_EQ(state->bytes(), tiers.memory_bytes());
+      EXPECT_LE(state->bytes(), state->bytes_bound(fed + kFeed)) << fed;
+      EXPECT_LE(tiers.file_bytes(), tiers.file_bytes_bound(fed + kFeed)) << fed;
+    }
+    if (max_blocks == 0) {  // 1 MiB in memory, the rest of 3 rows a block in the file
+      EXPECT_GT(tiers.file_bytes(), kTokens * 3 / 4 * kRow - (1 << 20));
+      EXPECT_GT(state->bytes(), 1 << 20);
+      EXPECT_GT(tiers.counts().at("page_misses"), 0);
+    } else {
+      EXPECT_LT(state->bytes_bound(std::int64_t{1} << 40), 2 << 20);
+      EXPECT_EQ(tiers.file_bytes_bound(std::int64_t{1} << 40), tiers.file_bytes_bound(kTokens));
+    }
+    // A fresh state of the same store is not asked for more than it may hold.
+    const std::int64_t fresh = -1;
+    const auto other = state->select({&fresh, 1});
+    EXPECT_LE(other->bytes(), other->bytes_bound(0));
+    const auto counts = tiers.counts();
+    EXPECT_EQ(counts.at("queries"), kTokens * 2);
+    EXPECT_GT(counts.at("queries_certified"), 0) << "the first tokens read everything";
+    EXPECT_LT(counts.at("queries_certified"), kTokens * 2) << "two blocks more are not all";
+    EXPECT_GT(counts.at("blocks_more"), 0);
+    EXPECT_GT(counts.at("page_hits"), 0);
+  }
 }
 
 TEST(LandmarkPagedMemory, RefusesWhatItCannotDo) {

@@ -190,6 +190,36 @@ TEST(LandmarkReference, EnoughBlocksEqualTheTrainingForward) {
   EXPECT_LT(distance(text.read(chunks, {21, 14, 3, 4, 18}).out, dense), kSame);
 }
 
+// Keys of all tokens decide, and a block that is picked joins one softmax over tokens.
+TEST(LandmarkReference, BlocksMayBeScoredByTheMeanOrTheBestOfTheirKeys) {
+  Text text(60, 9);
+  // A block whose keys are its queries' direction, one of them large: the best token finds it, and
+  // the mean of a key and its opposite does not.
+  for (std::int64_t o = 0; o < 6; ++o)
+    for (std::int64_t i = 0; i < 16; ++i)
+      text.k[(12 + o) * 16 + i] = (o % 2 == 0 ? 40 : -40) * (i % 8 == 0 ? 1.0 : 0.0);
+  const auto picks = [&](BlockScore score) {
+    return text.read({.block = 6, .top_k = 1, .score = score}, {60}).selected;
+  };
+  std::int64_t by_max = 0, by_mean = 0;
+  const auto best = picks(BlockScore::kMax), mean = picks(BlockScore::kMean);
+  for (std::size_t i = 24 * 4; i < best.size(); ++i) {  // blocks 0 to 3 are past
+    by_max += best[i] == 2;
+    by_mean += mean[i] == 2;
+  }
+  const auto queries = static_cast<std::int64_t>(best.size()) - 24 * 4;
+  EXPECT_GT(by_max, queries * 9 / 10);
+  EXPECT_LT(by_mean, queries / 2);
+
+  const auto dense = text.read({.block = 6, .score = BlockScore::kMean}, {60}).out;
+  for (const BlockScore score : {BlockScore::kMean, BlockScore::kMax})
+    EXPECT_LT(distance(text.read({.block = 6, .top_k = 20, .score = score}, {60}).out, dense),
+              kSame);
+  const auto nothing = text.read({.block = 6, .top_k = -1, .score = BlockScore::kMean}, {60});
+  EXPECT_GT(distance(nothing.out, dense), 1e-3);
+  EXPECT_TRUE(nothing.selected.empty());
+}
+
 TEST(LandmarkReference, AWindowGivesTheSameForEveryCutAndChunksDoNot) {
   const Text text(70, 6);
   const std::vector<std::int64_t> cuts = {1, 12, 5, 30, 2, 20};
@@ -220,7 +250,9 @@ TEST(LandmarkReference, EqualLandmarksGiveTheYoungestBlocks) {
 TEST(LandmarkParams, BadRetrievalIsRefused) {
   EXPECT_TRUE(validate(Retrieval{}).ok());
   EXPECT_FALSE(validate(Retrieval{.block = 1}).ok());
-  EXPECT_FALSE(validate(Retrieval{.top_k = -1}).ok());
+  EXPECT_TRUE(validate(Retrieval{.top_k = -1}).ok());
+  EXPECT_FALSE(validate(Retrieval{.top_k = -2}).ok());
+  EXPECT_FALSE(parse_block_score("median").ok());
   EXPECT_FALSE(validate(Retrieval{.window = 1, .chunked = true}).ok());
   EXPECT_FALSE(validate(Retrieval{.granularity = Granularity::kHeadMaxOverTokens}).ok());
 }

@@ -48,8 +48,10 @@ TEST(LandmarkAttention, UnevenSectionsAgreeInEveryForm) {
     OpCall call = attention_call(uneven_marks(), 1);
     call.params["empty_block"] = empty;
     const auto truth = *attention_operator().run("reference", call);
-    for (const char* form : {"reference_two_level", "naive", "composite"})
+    for (const char* form : {"reference_two_level", "naive", "composite"}) {
+      SCOPED_TRACE(testing::Message() << form << ", empty_block " << empty);
       expect_same(*attention_operator().run(form, call), truth, tolerance::kFormsFloat64);
+    }
   }
 }
 
@@ -142,7 +144,15 @@ TEST(LandmarkRetrieval, AgreesWithTheReferenceInWindowsAndChunks) {
            {{"top_k", 0}},
            {{"top_k", 2}, {"mode", "chunk"}, {"max_blocks", 4}},
            {{"top_k", 2}, {"mode", "chunk"}, {"granularity", "head_max_over_tokens"}},
-           {{"top_k", 40}}}) {
+           {{"top_k", 40}},
+           {{"top_k", -1}},
+           {{"top_k", -1}, {"window", 2}, {"score", "mean"}},
+           {{"top_k", 2}, {"score", "mean"}, {"window", 1}},
+           {{"top_k", 2}, {"score", "max"}, {"rope", "interleaved"}},
+           {{"top_k", 3}, {"score", "max"}, {"window", 1}, {"max_blocks", 5}},
+           {{"top_k", 2}, {"score", "max"}, {"granularity", "token_max_over_heads"}},
+           {{"top_k", 2}, {"score", "mean"}, {"mode", "chunk"}},
+           {{"top_k", 0}, {"score", "mean"}}}) {
     params["block"] = 5;
     params["chunks"] = chunks;
     const OpCall call = retrieval_call(90, 11, params);
@@ -216,6 +226,41 @@ TEST(LandmarkLayer, AStreamThatReadsEveryBlockIsTheTrainingForward) {
   }
 }
 
+// Blocks that are scored by their own keys need no landmarks, and a text without them is read by
+// plain softmax attention.
+TEST(LandmarkLayer, WithoutLandmarksReadingEveryBlockIsSoftmaxAttention) {
+  const at::NoGradGuard off;
+  const auto x = text(2, 75);
+  const auto layer = make_layer({{"rope", "none"}, {"score", "mean"}});
+  const auto parameters = layer->named_parameters();
+  const auto heads = [&](const char* name, std::int64_t count) {  // [B, 4, T, 8]
+    return at::linear(x, parameters[name])
+        .unflatten(2, {count, 8})
+        .transpose(1, 2)
+        .repeat_interleave(4 / count, 1);
+  };
+  const at::Tensor q = heads("q_proj.weight", 4), k = heads("k_proj.weight", 2),
+                   v = heads("v_proj.weight", 2);
+  const at::Tensor later = at::ones({75, 75}, at::kBool).triu(1);
+  const at::Tensor weights =
+      at::softmax((at::matmul(q, k.mT()) / std::sqrt(8.0)).masked_fill(later, -kInfinity), -1);
+  const at::Tensor wanted =
+      at::linear(at::matmul(weights, v).transpose(1, 2).flatten(2), parameters["o_proj.weight"]);
+  EXPECT_LT(relative_error(layer->forward(x, {}, nullptr), wanted), 1e-13);
+  for (const char* score : {"mean", "max"})
+    for (const std::int64_t top_k : {0, 9}) {
+      const auto reader =
+          make_layer({{"rope", "none"}, {"score", score}, {"top_k", top_k}, {"window", 1}});
+      const auto state = reader->make_state(2);
+      EXPECT_LT(relative_error(reader->forward(x, {}, state.get()), wanted),
+                tolerance::split_of(at::kDouble));
+    }
+  const at::Tensor marks = at::zeros({2, 75}, at::kBool);
+  EXPECT_NO_THROW(layer->forward(x, {.offsets = {}, .marks = marks}, nullptr));
+  marks[1][7] = true;
+  EXPECT_THROW(layer->forward(x, {.offsets = {}, .marks = marks}, nullptr), c10::Error);
+}
+
 TEST(LandmarkLayer, EverySettingOfAWindowIsIndependentOfTheCut) {
   const at::NoGradGuard off;
   const auto x = text(1, 150);
@@ -223,7 +268,10 @@ TEST(LandmarkLayer, EverySettingOfAWindowIsIndependentOfTheCut) {
        std::vector<nlohmann::json>{{{"top_k", 1}},
                                    {{"top_k", 3}, {"window", 2}, {"max_blocks", 5}},
                                    {{"top_k", 2}, {"granularity", "token_max_over_heads"}},
-                                   {{"top_k", 0}, {"window", 1}, {"max_blocks", 2}}}) {
+                                   {{"top_k", 0}, {"window", 1}, {"max_blocks", 2}},
+                                   {{"top_k", -1}, {"window", 1}},
+                                   {{"top_k", 2}, {"window", 1}, {"score", "mean"}},
+                                   {{"top_k", 2}, {"score", "max"}}}) {
     const auto layer = make_layer(settings);
     layer->record_picks(true);
     const auto whole_state = layer->make_state(1);

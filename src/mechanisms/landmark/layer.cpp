@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "core/offsets.h"
 #include "core/settings.h"
+#include "layers/layer_call.h"
 #include "mechanisms/landmark/layer_memory.h"
 
 namespace everlong::landmark {
@@ -13,14 +13,14 @@ namespace {
 
 constexpr std::int64_t kMostHeads = 65536, kMostDim = 65536, kMostBlocks = std::int64_t{1} << 40;
 
-// [B, T] on the CPU, 1 at every block - 1 mod block of each sequence.
+// [B, T] on the CPU, 1 where a stream has a landmark in each sequence.
 at::Tensor regular_marks(std::int64_t batch, std::int64_t tokens, const Sequences& sequences,
-                         const std::vector<std::int64_t>& starts, std::int64_t block) {
+                         const std::vector<std::int64_t>& starts, const Retrieval& retrieval) {
   const at::Tensor marks = at::zeros({batch, tokens}, at::kByte);
   for (std::int64_t n = 0; n < sequences.count(batch); ++n) {
     const std::int64_t length = sequences.length(n, tokens);
     const auto row =
-        regular_landmarks(starts.empty() ? 0 : starts[static_cast<std::size_t>(n)], length, block);
+        landmarks_of(retrieval, starts.empty() ? 0 : starts[static_cast<std::size_t>(n)], length);
     const bool packed = !sequences.offsets.empty();
     std::copy(row.begin(), row.end(),
               marks.mutable_data_ptr<std::uint8_t>() +
@@ -48,15 +48,20 @@ Result<LayerSettings> read_settings(const LayerSpec& spec) {
   out.dense_training = s.choice("training", "dense", {"dense", "as_streamed"}) == "dense";
   Retrieval& r = out.retrieval;
   r.block = s.integer("block", 64, 2, std::int64_t{1} << 20);
-  r.top_k = s.integer("top_k", 0, 0, kMostBlocks);
+  r.top_k = s.integer("top_k", 0, -1, kMostBlocks);
   r.window = s.integer("window", 0, 0, kMostBlocks);
   r.max_blocks = s.integer("max_blocks", 0, 0, kMostBlocks);
   r.chunked = s.choice("mode", "window", {"window", "chunk"}) == "chunk";
   const std::string granularity = s.choice(
       "granularity", "token_head", {"token_head", "head_max_over_tokens", "token_max_over_heads"});
   if (auto parsed = parse_granularity(granularity); parsed.ok()) r.granularity = *parsed;
+  if (auto score = parse_block_score(s.choice("score", "landmark", {"landmark", "mean", "max"}));
+      score.ok())
+    r.score = *score;
   out.pages.folder = s.text("pages", "");
   out.pages.megabytes = s.integer("page_megabytes", out.pages.megabytes, 1, std::int64_t{1} << 24);
+  if (s.has("epsilon")) out.pages.epsilon = s.number("epsilon", 1e-3, 1e-12, 1e12);
+  out.pages.most_more = s.integer("epsilon_blocks", 0, 0, kMostBlocks);
   if (const Status status = check_pages(out.pages, r); !status.ok()) s.fail(status);
   if (!s.has("head_dim") && spec.hidden_size % out.num_heads != 0)
     s.fail(invalid_argument("hidden_size ", spec.hidden_size, " does not divide among num_heads ",
@@ -115,16 +120,16 @@ Status LandmarkAttention::set_reading(const Retrieval& retrieval) {
     return invalid_argument("landmark: block = ", retrieval.block, " of a layer with blocks of ",
                             settings_.retrieval.block, "; the text decides it");
   EVERLONG_RETURN_IF_ERROR(validate(retrieval));
+  EVERLONG_RETURN_IF_ERROR(check_pages(settings_.pages, retrieval));
   settings_.retrieval = reader_.retrieval = retrieval;
   return {};
 }
 
 void LandmarkAttention::check(const at::Tensor& x_BTD, const Sequences& sequences,
                               const State* state) const {
-  TORCH_CHECK_VALUE(x_BTD.dim() == 3 && x_BTD.size(2) == settings_.hidden_size && x_BTD.size(0) > 0,
-                    "landmark: x has shape ", x_BTD.sizes(), "; [B, T, ", settings_.hidden_size,
-                    "] is needed");
-  throw_if_error(check_offsets(sequences.offsets, x_BTD.size(0), x_BTD.size(1)).at("landmark"));
+  check_layer_call("landmark", x_BTD, settings_.hidden_size, sequences, state,
+                   dynamic_cast<const BlockMemory*>(state) != nullptr ||
+                       dynamic_cast<const PagedMemory*>(state) != nullptr);
   if (sequences.marks.defined())
     TORCH_CHECK_VALUE(
         sequences.marks.is_cpu() && sequences.marks.sizes() == x_BTD.sizes().slice(0, 2) &&
@@ -132,23 +137,18 @@ void LandmarkAttention::check(const at::Tensor& x_BTD, const Sequences& sequence
              sequences.marks.scalar_type() == at::kByte),
         "landmark: marks are ", sequences.marks.scalar_type(), " ", sequences.marks.sizes(),
         "; bool [", x_BTD.size(0), ", ", x_BTD.size(1), "] on the CPU is needed");
-  if (state == nullptr) return;
-  TORCH_CHECK_VALUE(
-      dynamic_cast<const BlockMemory*>(state) != nullptr ||
-          dynamic_cast<const PagedMemory*>(state) != nullptr,
-      "landmark: the state is of another mechanism; take it from this layer's make_state");
-  TORCH_CHECK_VALUE(state->sequences() == sequences.count(x_BTD.size(0)), "landmark: a state of ",
-                    state->sequences(), " sequences for a call of ",
-                    sequences.count(x_BTD.size(0)));
 }
 
 void LandmarkAttention::check_marks(const Sequences& sequences, const at::Tensor& x_BTD,
                                     const State* state) const {
   if (!sequences.marks.defined()) return;
   const std::int64_t block = settings_.retrieval.block;
-  const auto wanted =
-      regular_marks(x_BTD.size(0), x_BTD.size(1), sequences,
-                    state == nullptr ? std::vector<std::int64_t>{} : state->positions(), block);
+  const auto wanted = regular_marks(
+      x_BTD.size(0), x_BTD.size(1), sequences,
+      state == nullptr ? std::vector<std::int64_t>{} : state->positions(), settings_.retrieval);
+  TORCH_CHECK_VALUE(settings_.retrieval.has_landmarks() || !sequences.marks.any().item<bool>(),
+                    "landmark: the text has landmarks, but score = \"mean\" or \"max\" reads texts "
+                    "without; set score to \"landmark\", or landmark_id of config.json to -1");
   TORCH_CHECK_VALUE(sequences.marks.to(at::kByte).equal(wanted),
                     "landmark: the landmarks of the text are not at every position ", block - 1,
                     " mod ", block,
@@ -183,7 +183,7 @@ at::Tensor LandmarkAttention::attend_densely(const Projected& x, const Sequences
   }
   const at::Tensor marks = sequences.marks.defined()
                                ? sequences.marks
-                               : regular_marks(B, T, sequences, {}, settings_.retrieval.block);
+                               : regular_marks(B, T, sequences, {}, settings_.retrieval);
   const Options options{.scale = reader_.scale, .path = reader_.path};
   if (sequences.offsets.empty()) return attention(q, k, x.v, marks, options).out;
   std::vector<at::Tensor> parts;
@@ -223,7 +223,7 @@ at::Tensor LandmarkAttention::forward(const at::Tensor& x_BTD, const Sequences& 
                                       State* state) {
   check(x_BTD, sequences, state);
   const bool dense = state == nullptr && settings_.dense_training;
-  if (!dense) check_marks(sequences, x_BTD, state);
+  if (!dense || !settings_.retrieval.has_landmarks()) check_marks(sequences, x_BTD, state);
   const Projected x = project(x_BTD);
   picks_ = at::Tensor();
   at::Tensor out;

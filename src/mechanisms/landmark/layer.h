@@ -20,7 +20,7 @@ struct LayerSettings {
   // landmarks are: how the published models were trained. Else they see what a stream sees.
   bool dense_training = true;
   Retrieval retrieval;
-  PageSettings pages;  // where streams keep their blocks
+  PageSettings pages;  // where streams keep their blocks, and how sure of them they are
 };
 
 // Reads and checks the room's object of config.json.

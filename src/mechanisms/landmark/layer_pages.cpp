@@ -215,8 +215,13 @@ class GroupReader {
 }  // namespace
 
 PagedMemory::PagedMemory(std::int64_t sequences, const MemoryShape& shape,
-                         const at::TensorOptions& options, std::shared_ptr<PageStore> store)
-    : State(sequences), shape_(shape), options_(options), store_(std::move(store)) {
+                         const at::TensorOptions& options, std::shared_ptr<PageStore> store,
+                         const StoreOptions& tiers)
+    : TieredState(sequences),
+      shape_(shape),
+      options_(options),
+      store_(std::move(store)),
+      tiers_(tiers) {
   for (std::int64_t n = 0; n < sequences; ++n) lines_.push_back(fresh_line());
 }
 
@@ -230,22 +235,34 @@ Result<std::unique_ptr<PagedMemory>> PagedMemory::create(std::int64_t sequences,
                        options.device().str());
   if (type != at::kFloat && type != at::kBFloat16)
     return unsupported("landmark: blocks in tiers are fp32 or bf16, not ", c10::toString(type));
-  if (shape.retrieval.top_k == 0)
+  if (shape.retrieval.top_k < 1 || !shape.retrieval.has_landmarks())
     return invalid_argument(
-        "landmark: top_k = 0 reads every block for every token; blocks in "
-        "tiers need a top_k of 1 or more");
+        "landmark: blocks in tiers need landmarks and a top_k of 1 or more, not ",
+        shape.retrieval.top_k, " (0 reads every block for every token)");
   EVERLONG_ASSIGN(
       auto store,
       PageStore::open(page_shape(shape, type == at::kFloat ? DType::kFloat32 : DType::kBFloat16),
                       tiers));
-  return std::unique_ptr<PagedMemory>(new PagedMemory(sequences, shape, options, std::move(store)));
+  return std::unique_ptr<PagedMemory>(
+      new PagedMemory(sequences, shape, options, std::move(store), tiers));
 }
 
 Status check_pages(const PageSettings& pages, const Retrieval& retrieval) {
+  if (pages.folder.empty() && (pages.epsilon || pages.most_more > 0))
+    return invalid_argument(
+        "epsilon and epsilon_blocks certify what blocks in pages leave out; give pages (a folder) "
+        "as well");
+  if (!pages.epsilon && pages.most_more > 0)
+    return invalid_argument("epsilon_blocks = ", pages.most_more,
+                            " limits what epsilon reads; give epsilon as well");
+  if (!pages.folder.empty() && !retrieval.has_landmarks())
+    return unsupported("pages = \"", pages.folder,
+                       "\" with score \"mean\" or \"max\": pages find blocks by their landmarks; ",
+                       "leave pages out");
   if (pages.folder.empty() || retrieval.top_k > 0) return {};
-  return invalid_argument("pages = \"", pages.folder,
-                          "\" with top_k = 0, which reads every block for every token; give a "
-                          "top_k of 1 or more, or no pages");
+  return invalid_argument("pages = \"", pages.folder, "\" with top_k = ", retrieval.top_k,
+                          "; a top_k of 1 or more is needed (0 reads every block for every token), "
+                          "or no pages");
 }
 
 std::unique_ptr<State> make_paged_state(std::int64_t sequences, const MemoryShape& shape,
@@ -260,6 +277,10 @@ std::unique_ptr<State> make_paged_state(std::int64_t sequences, const MemoryShap
        .file = folder / cat("landmark_", ::getpid(), "_", count.fetch_add(1), ".pages"),
        .temporary = true});
   throw_if_error(state.status());
+  if (pages.epsilon)
+    (*state)->set_certify(PagedMemory::Certify{
+        *pages.epsilon,
+        pages.most_more > 0 ? pages.most_more : std::numeric_limits<std::int64_t>::max()});
   return *std::move(state);
 }
 
@@ -368,23 +389,12 @@ Read PagedMemory::attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTGK,
   certificates_ = {};
   if (!bounds.empty())
     certificates_ = {at::cat(bounds, along), at::cat(shares, along), at::cat(more, along)};
+  count(certificates_);
   Read all;
   all.out = outs.empty() ? q_BTHK.new_empty({q_BTHK.size(0), T, q_BTHK.size(2), v_BTGV.size(3)})
                          : at::cat(outs, along);
   if (want_picks && !selected.empty()) all.selected = at::cat(selected, along);
   return all;
-}
-
-std::int64_t PagedMemory::resident_bytes() const {
-  std::int64_t bytes = store_->resident_bytes();
-  for (const Line& line : lines_)
-    bytes += line.pages.resident_bytes() + static_cast<std::int64_t>(line.k.nbytes()) +
-             static_cast<std::int64_t>(line.v.nbytes());
-  return bytes;
-}
-
-std::int64_t PagedMemory::bytes_bound(std::int64_t tokens) const {
-  return BlockMemory(sequences(), shape_, options_).bytes_bound(tokens);
 }
 
 }  // namespace everlong::landmark

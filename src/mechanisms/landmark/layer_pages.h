@@ -5,6 +5,7 @@
 #include <limits>
 #include <optional>
 
+#include "layers/tiered_state.h"
 #include "mechanisms/landmark/kernel_pages.h"
 #include "mechanisms/landmark/layer_memory.h"
 
@@ -17,10 +18,10 @@ inline std::int64_t kept_blocks(const Retrieval& r) {
 
 // The same numbers as BlockMemory up to rounding, for any cut of the text. Sequences, and the
 // states that select() makes, share one store; forks share pages.
-class PagedMemory final : public State {
+class PagedMemory final : public TieredState {
  public:
-  // Refuses what PageStore::open refuses, other dtypes and devices, and top_k = 0 (which would read
-  // every page for every token).
+  // Refuses what PageStore::open refuses, other dtypes and devices, blocks scored without
+  // landmarks, and top_k < 1 (0 would read every page for every token).
   static Result<std::unique_ptr<PagedMemory>> create(std::int64_t sequences,
                                                      const MemoryShape& shape,
                                                      const at::TensorOptions& options,
@@ -31,7 +32,18 @@ class PagedMemory final : public State {
   TensorMap tensors() const override;
   Status restore(const TensorMap& tensors) override;
   std::unique_ptr<State> select(std::span<const std::int64_t> sequences) const override;
-  std::int64_t bytes_bound(std::int64_t tokens) const override;  // of tensors()
+  // The store, landmark keys and incomplete blocks, each at its most. The store is shared by forks:
+  // where they had it hold more pages than these sequences can have, as many as that.
+  std::int64_t bytes_bound(std::int64_t tokens) const override;
+  // The same, now. While restored tensors wait for their positions: of those.
+  std::int64_t memory_bytes() const override;
+  // Of the store, which forks share: each of them answers the whole.
+  std::int64_t file_bytes() const override { return store_->file_bytes(); }
+  std::int64_t file_bytes_bound(std::int64_t tokens) const override;
+  // page_hits, page_misses, pages_spilled (of the store); and where set_certify asked: queries,
+  // queries_certified (bound within epsilon), unread_share (summed), blocks_more (read beyond
+  // top_k).
+  std::map<std::string, double> counts() const override;
 
   // As BlockMemory::attend. A failure of the store (a full disk, a damaged page) throws what it
   // says; the state then refuses everything but restore.
@@ -59,8 +71,6 @@ class PagedMemory final : public State {
   Status save_pages(const fs::path& folder);
   Status restore_pages(const fs::path& folder);
 
-  // Memory held now: the store, landmark keys and incomplete blocks.
-  std::int64_t resident_bytes() const;
   const PageStore& store() const { return *store_; }
 
  private:
@@ -71,7 +81,7 @@ class PagedMemory final : public State {
     std::int64_t tail_first = 0;
   };
   PagedMemory(std::int64_t sequences, const MemoryShape& shape, const at::TensorOptions& options,
-              std::shared_ptr<PageStore> store);
+              std::shared_ptr<PageStore> store, const StoreOptions& tiers);
   Line fresh_line() const;
   void settle() const;  // builds the lines that restore() left as tensors
   Line line_of(const at::Tensor& k, const at::Tensor& v, std::int64_t position) const;
@@ -83,23 +93,31 @@ class PagedMemory final : public State {
   LineRead attend_line(Line& line, std::int64_t position, const at::Tensor& q, const at::Tensor& k,
                        const at::Tensor& v, const Reader& reader) const;
   void close_blocks(Line& line, std::int64_t end) const;
+  void count(const Certificates& certificates);
+  std::int64_t most_pages(std::int64_t blocks) const;  // of sequences with so many complete blocks
 
   MemoryShape shape_;
   at::TensorOptions options_;
   std::shared_ptr<PageStore> store_;
+  StoreOptions tiers_;
   mutable std::vector<Line> lines_;
   mutable TensorMap given_;  // by restore(), until the positions are known
   std::string broken_;       // why this state cannot go on
   std::optional<Certify> certify_;
   Certificates certificates_;
+  struct Certain {  // since this state was made
+    double queries = 0, within = 0, unread_share = 0, more = 0;
+  } certain_;
 };
 
 // A layer's settings "pages" (a folder; "" is the plain memory) and "page_megabytes" (of memory,
 // for each layer of each stream). Its states spill into temporary files there, which go with the
-// process whatever ends it.
+// process whatever ends it. "epsilon" and "epsilon_blocks" (0: any number): PagedMemory::Certify.
 struct PageSettings {
   std::string folder;
   std::int64_t megabytes = 256;
+  std::optional<double> epsilon;
+  std::int64_t most_more = 0;
 };
 Status check_pages(const PageSettings& pages, const Retrieval& retrieval);
 // Throws what PagedMemory::create refuses.

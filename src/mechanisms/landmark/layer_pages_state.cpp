@@ -21,18 +21,18 @@ void append_bytes(std::vector<std::byte>& to, const void* from, std::size_t byte
 
 TensorMap PagedMemory::tensors() const {
   if (!given_.empty()) return given_;
-  const Retrieval& r = shape_.retrieval;
+  const RowPolicy policy = row_policy(shape_);
   const PageShape& s = store_->shape();
   std::int64_t rows = 0;
-  for (const std::int64_t position : positions()) rows = std::max(rows, held_rows(position, r));
-  rows = capacity_for(rows, r);
+  for (const std::int64_t position : positions()) rows = std::max(rows, policy.held_rows(position));
+  rows = policy.capacity_for(rows);
   const at::Tensor k = at::zeros({sequences(), s.kv_heads, rows, s.key_dim}, options_);
   const at::Tensor v = at::zeros({sequences(), s.kv_heads, rows, s.value_dim}, options_);
   std::vector<float> landmark(static_cast<std::size_t>(s.key_dim));
   for (std::int64_t n = 0; n < sequences(); ++n) {
     const Line& line = lines_[static_cast<std::size_t>(n)];
     const std::int64_t position = positions()[static_cast<std::size_t>(n)];
-    const std::int64_t first = first_row(position, r);
+    const std::int64_t first = policy.first_row(position);
     const auto put = [&](const at::Tensor& to, std::int64_t g, std::int64_t row, const void* from,
                          std::int64_t bytes) {
       std::memcpy(static_cast<std::byte*>(to.mutable_data_ptr()) +
@@ -77,7 +77,7 @@ Status PagedMemory::restore(const TensorMap& tensors) {
 PagedMemory::Line PagedMemory::line_of(const at::Tensor& k_GRK, const at::Tensor& v_GRV,
                                        std::int64_t position) const {
   const Retrieval& r = shape_.retrieval;
-  const std::int64_t first = first_row(position, r);
+  const std::int64_t first = row_policy(shape_).first_row(position);
   TORCH_CHECK_VALUE(position >= 0 && position - first <= k_GRK.size(1),
                     "landmark: a state at position ", position, " needs ", position - first,
                     " rows; its tensors have ", k_GRK.size(1),
@@ -107,7 +107,7 @@ void PagedMemory::settle() const {
 std::unique_ptr<State> PagedMemory::select(std::span<const std::int64_t> sequences) const {
   TORCH_CHECK_VALUE(broken_.empty(), "landmark: this state cannot be copied: ", broken_);
   settle();
-  std::unique_ptr<PagedMemory> picked(new PagedMemory(0, shape_, options_, store_));
+  std::unique_ptr<PagedMemory> picked(new PagedMemory(0, shape_, options_, store_, tiers_));
   picked->certify_ = certify_;
   picked->positions() = selected_positions(sequences);
   for (const std::int64_t n : sequences) {

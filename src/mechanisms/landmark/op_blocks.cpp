@@ -27,8 +27,8 @@ std::vector<std::int64_t> range(std::int64_t begin, std::int64_t count) {
   return list;
 }
 
-at::Tensor regular_marks(std::int64_t rows, std::int64_t count, std::int64_t block) {
-  const auto marks = regular_landmarks(0, count, block);
+at::Tensor regular_marks(std::int64_t rows, std::int64_t count, const Retrieval& retrieval) {
+  const auto marks = landmarks_of(retrieval, 0, count);
   return at::tensor(at::ArrayRef<std::uint8_t>(marks), at::kByte).unsqueeze(0).expand({rows, -1});
 }
 
@@ -49,8 +49,7 @@ at::Tensor read_all(const at::Tensor& q, const Stored& stored, std::int64_t star
   const auto rows = [&](const at::Tensor& x) { return x.narrow(2, 0, end).transpose(1, 2); };
   const at::Tensor keys = placed_rows(rows(stored.k), 0, reader);
   const at::Tensor queries = turned(q, range(start, q.size(1)), reader);
-  return attention(queries, keys, rows(stored.v),
-                   regular_marks(q.size(0), end, reader.retrieval.block),
+  return attention(queries, keys, rows(stored.v), regular_marks(q.size(0), end, reader.retrieval),
                    {.scale = reader.scale, .path = reader.path})
       .out;
 }
@@ -88,8 +87,11 @@ class LotReader {
   }
 
   Read read() {
-    const at::Tensor blocks = pick();  // [n, m, t, H, P]
     const auto local = read_local();
+    if (picks_ == 0)
+      return {local.out.reshape({n_, m_ * t_, H_, V_}),
+              at::empty({n_, m_ * t_, H_, 0}, q_.options().dtype(at::kLong))};
+    const at::Tensor blocks = pick();               // [n, m, t, H, P]
     const auto [out, gates] = read_picked(blocks);  // [n, m, t, H, P, V], [n, m, t, H, P]
     const at::Tensor near = local.lse.transpose(1, 2).reshape({n_, m_, t_, H_, 1});
     const at::Tensor all = at::logsumexp(at::cat({near, gates}, -1), {-1}, true);
@@ -108,27 +110,43 @@ class LotReader {
         .unflatten(2, {count, block()});
   }
 
+  // The keys that stand for blocks: [n, G, count, e, K] with e of them each.
+  at::Tensor candidate_keys(std::int64_t oldest, std::int64_t count) const {
+    const at::Tensor keys = stored_blocks(stored_.k, oldest, count).to(wide_);
+    switch (reader_.retrieval.score) {
+      case BlockScore::kLandmark:
+        return keys.narrow(3, block() - 1, 1);
+      case BlockScore::kMean:
+        return keys.mean(3, true);
+      case BlockScore::kMax:
+        break;
+    }
+    return keys;
+  }
+
   // Scores of the candidates [n, m, t, H, count], -inf where a block is not of a group's past.
   at::Tensor candidate_scores(std::int64_t oldest, std::int64_t count) const {
-    const at::Tensor landmarks =
-        stored_blocks(stored_.k, oldest, count).select(3, block() - 1).to(wide_);  // [n, G, c, K]
+    const at::Tensor keys = candidate_keys(oldest, count);
+    const std::int64_t each = keys.size(3);
     const auto by_head = [&](const at::Tensor& q) {  // [n, m, t, H, K] -> [n, G, m t R, K]
       return q.to(wide_).unflatten(3, {G_, H_ / G_}).permute({0, 3, 1, 2, 4, 5}).flatten(2, 4);
     };
     const auto by_token = [&](const at::Tensor& s) {
       return s.unflatten(2, {m_, t_, H_ / G_}).permute({0, 2, 3, 1, 4, 5}).flatten(3, 4);
     };
-    at::Tensor scores = by_token(at::matmul(by_head(q_.select(2, 0)), landmarks.mT())).contiguous();
+    at::Tensor scores =
+        by_token(at::matmul(by_head(q_.select(2, 0)), keys.flatten(2, 3).mT())).contiguous();
+    if (each > 1) scores = scores.unflatten(4, {count, each}).amax(-1);
     const auto integers = scores.options().dtype(at::kLong);
     const at::Tensor number = at::arange(oldest, oldest + count, integers);
     const at::Tensor local = at::arange(lot_.frame.first_local, last_ + 1, integers);
     // The last picks of each group are scored at their true distance.
     for (std::int64_t s = 1; s <= picks_; ++s) {
       const at::Tensor recent = local - (picks_ - s + 1) - oldest;  // [m]
-      const at::Tensor keys = landmarks.index_select(2, recent);    // [n, G, m, K]
-      const at::Tensor q = q_.select(2, s).to(wide_).unflatten(3, {G_, H_ / G_});
-      const at::Tensor score =
-          (q * keys.permute({0, 2, 1, 3}).view({n_, m_, 1, G_, 1, K_})).sum(-1).flatten(3, 4);
+      const at::Tensor near =
+          keys.index_select(2, recent).transpose(1, 2).reshape({n_, m_, 1, G_, 1, each, K_});
+      const at::Tensor q = q_.select(2, s).to(wide_).unflatten(3, {G_, H_ / G_}).unsqueeze(-2);
+      const at::Tensor score = (q * near).sum(-1).amax(-1).flatten(3, 4);  // [n, m, t, H]
       scores.scatter_(4, recent.view({1, m_, 1, 1, 1}).expand({n_, m_, t_, H_, 1}),
                       score.unsqueeze(-1));
     }
@@ -167,7 +185,7 @@ class LotReader {
     };
     const at::Tensor keys = placed_rows(near(stored_.k), first - lot_.frame.shift(), reader_);
     return attention(q_.select(2, 0).flatten(0, 1), keys, near(stored_.v),
-                     regular_marks(n_ * m_, rows, block()),
+                     regular_marks(n_ * m_, rows, reader_.retrieval),
                      {.scale = reader_.scale, .path = reader_.path});
   }
 
@@ -192,9 +210,12 @@ class LotReader {
     };
     const at::Tensor scores =
         at::matmul(gathered(stored_.k), q.to(wide_).unsqueeze(-1)).squeeze(-1) * reader_.scale;
-    const at::Tensor inside = at::softmax(scores.narrow(-1, 0, block() - 1), -1);
-    const at::Tensor values = gathered(stored_.v).narrow(-2, 0, block() - 1);
-    return {at::matmul(inside.unsqueeze(-2), values).squeeze(-2), scores.select(-1, block() - 1)};
+    const bool marked = reader_.retrieval.has_landmarks();
+    const std::int64_t content = marked ? block() - 1 : block();
+    const at::Tensor inside = at::softmax(scores.narrow(-1, 0, content), -1);
+    const at::Tensor values = gathered(stored_.v).narrow(-2, 0, content);
+    return {at::matmul(inside.unsqueeze(-2), values).squeeze(-2),
+            marked ? scores.select(-1, content) : at::logsumexp(scores, {-1})};
   }
 
   const Stored& stored_;
@@ -275,9 +296,9 @@ Read read_blocks(const at::Tensor& q, const Stored& stored, std::int64_t start,
   while (next < groups.size()) {
     const Frame frame(r, groups[next].first_local);
     const std::int64_t tokens = groups[next].end - groups[next].begin;
-    const std::int64_t a_group =
-        q.size(0) * tokens * q.size(2) *
-        (frame.picks * r.block * (q.size(3) + stored.v.size(3)) + frame.count());
+    const std::int64_t a_group = q.size(0) * tokens * q.size(2) *
+                                 (frame.picks * r.block * (q.size(3) + stored.v.size(3)) +
+                                  frame.count() * (r.score == BlockScore::kMax ? r.block : 1));
     const std::int64_t most = std::max<std::int64_t>(room / std::max<std::int64_t>(a_group, 1), 1);
     const Lot lot{frame, alike(groups, next, reader, most), tokens, groups[next].begin};
     Read part =

@@ -5,6 +5,7 @@
 
 #include "mechanisms/landmark/op_call.h"
 #include "mechanisms/landmark/op_cpu.h"
+#include "ops/attention_refusals.h"
 #include "ops/reference_call.h"
 
 namespace everlong::landmark {
@@ -120,62 +121,37 @@ class LandmarkAttention final : public Operator {
   }
 
   std::vector<std::pair<std::string, OpCall>> refusals() const override {
-    std::vector<std::pair<std::string, OpCall>> list;
-    const auto add = [&](const char* name, const OpShape& shape, auto&& change) {
-      OpCall call = sample(shape);
-      change(call);
-      list.emplace_back(name, std::move(call));
-    };
-    const OpShape plain{.tokens = 6, .heads = 4, .kv_heads = 2}, two{.batch = 2, .tokens = 6},
-        packed{.tokens = 6, .cu_seqlens = {0, 2, 6}}, carried{.tokens = 6, .initial_state = true};
-    add("heads_not_a_multiple", plain,
-        [](OpCall& c) { c.inputs["q"] = c.inputs["q"].narrow(2, 0, 3); });
-    add("key_dims_differ", plain, [](OpCall& c) { c.inputs["q"] = c.inputs["q"].narrow(3, 0, 8); });
-    add("tokens_differ", plain, [](OpCall& c) { c.inputs["k"] = c.inputs["k"].narrow(1, 0, 5); });
-    add("three_dimensions", plain, [](OpCall& c) { c.inputs["v"] = c.inputs["v"].select(0, 0); });
-    add("value_heads_differ", plain,
-        [](OpCall& c) { c.inputs["v"] = c.inputs["v"].narrow(2, 0, 1); });
-    add("mixed_dtypes", plain, [](OpCall& c) { c.inputs["k"] = c.inputs["k"].to(at::kFloat); });
-    add("integers", plain, [](OpCall& c) {
-      for (auto& [name, x] : c.inputs) x = x.to(at::kLong);
-    });
-    add("input_missing", plain, [](OpCall& c) { c.inputs.erase("v"); });
-    add("input_unknown", plain, [](OpCall& c) { c.inputs["slope"] = c.inputs["q"]; });
-    add("param_unknown", plain, [](OpCall& c) { c.params["blok"] = 3; });
-    add("block_of_one", plain, [](OpCall& c) { c.params["block"] = 1; });
-    add("block_fraction", plain, [](OpCall& c) { c.params["block"] = 2.5; });
-    add("phase_negative", plain, [](OpCall& c) { c.params["phase"] = -1; });
-    add("landmarks_nowhere", plain, [](OpCall& c) { c.params.erase("block"); });
-    add("landmarks_twice", plain, [](OpCall& c) {
+    AttentionRefusals list(*this);
+    list.add("param_unknown", list.plain, [](OpCall& c) { c.params["blok"] = 3; });
+    list.add("block_of_one", list.plain, [](OpCall& c) { c.params["block"] = 1; });
+    list.add("block_fraction", list.plain, [](OpCall& c) { c.params["block"] = 2.5; });
+    list.add("phase_negative", list.plain, [](OpCall& c) { c.params["phase"] = -1; });
+    list.add("landmarks_nowhere", list.plain, [](OpCall& c) { c.params.erase("block"); });
+    list.add("landmarks_twice", list.plain, [](OpCall& c) {
       c.inputs["is_landmark"] = at::zeros({1, 6}, at::kByte);
     });
-    add("landmarks_of_other_length", plain, [](OpCall& c) {
+    list.add("landmarks_of_other_length", list.plain, [](OpCall& c) {
       c.params.erase("block");
       c.inputs["is_landmark"] = at::zeros({1, 5}, at::kByte);
     });
-    add("landmarks_of_floats", plain, [](OpCall& c) {
+    list.add("landmarks_of_floats", list.plain, [](OpCall& c) {
       c.params.erase("block");
       c.inputs["is_landmark"] = at::zeros({1, 6}, at::kDouble);
     });
-    add("empty_block_unknown", plain, [](OpCall& c) { c.params["empty_block"] = "skip"; });
-    add("not_causal", plain, [](OpCall& c) { c.params["causal"] = false; });
-    add("scale_zero", plain, [](OpCall& c) { c.params["scale"] = 0; });
-    add("offsets_fall", packed, [](OpCall& c) { c.cu_seqlens = {0, 4, 2, 6}; });
-    add("offsets_past_the_end", packed, [](OpCall& c) { c.cu_seqlens = {0, 2, 7}; });
-    add("offsets_with_a_batch", two, [](OpCall& c) { c.cu_seqlens = {0, 6}; });
-    add("state_of_another_batch", carried, [](OpCall& c) {
-      c.state = LandmarkAttention().sample({.batch = 2, .tokens = 6, .initial_state = true}).state;
-    });
-    add("state_of_another_width", carried,
-        [](OpCall& c) { c.state["k"] = c.state["k"].narrow(3, 0, 8); });
-    add("state_of_another_dtype", carried,
-        [](OpCall& c) { c.state["k"] = c.state["k"].to(at::kFloat); });
-    add("state_incomplete", carried, [](OpCall& c) { c.state.erase("is_landmark"); });
-    add("state_length_past_its_rows", carried,
-        [](OpCall& c) { c.state["length"] = c.state["length"] + 1; });
-    add("state_length_of_floats", carried,
-        [](OpCall& c) { c.state["length"] = c.state["length"].to(at::kDouble); });
-    return list;
+    list.add("empty_block_unknown", list.plain,
+             [](OpCall& c) { c.params["empty_block"] = "skip"; });
+    list.add("not_causal", list.plain, [](OpCall& c) { c.params["causal"] = false; });
+    list.add("scale_zero", list.plain, [](OpCall& c) { c.params["scale"] = 0; });
+    list.add("state_of_another_width", list.carried,
+             [](OpCall& c) { c.state["k"] = c.state["k"].narrow(3, 0, 8); });
+    list.add("state_of_another_dtype", list.carried,
+             [](OpCall& c) { c.state["k"] = c.state["k"].to(at::kFloat); });
+    list.add("state_incomplete", list.carried, [](OpCall& c) { c.state.erase("is_landmark"); });
+    list.add("state_length_past_its_rows", list.carried,
+             [](OpCall& c) { c.state["length"] = c.state["length"] + 1; });
+    list.add("state_length_of_floats", list.carried,
+             [](OpCall& c) { c.state["length"] = c.state["length"].to(at::kDouble); });
+    return std::move(list).take();
   }
 
   // As causal attention: landmarks stand where tokens stand. Two products of K and V multiply-adds

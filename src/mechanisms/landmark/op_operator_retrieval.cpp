@@ -36,12 +36,16 @@ Result<std::vector<std::int64_t>> read_chunks(const nlohmann::json& list, std::i
   return chunks;
 }
 
-Status check_regular(const at::Tensor& marks, std::int64_t block) {
-  const auto regular = regular_landmarks(0, marks.size(1), block);
+Status check_regular(const at::Tensor& marks, const Retrieval& r) {
+  const auto regular = landmarks_of(r, 0, marks.size(1));
   const at::Tensor wanted = at::tensor(at::ArrayRef<std::uint8_t>(regular), at::kByte);
   if (marks.to(at::kCPU, at::kByte).eq(wanted).all().item<bool>()) return {};
-  return unsupported("landmark: is_landmark does not mark every position ", block - 1, " mod ",
-                     block, "; retrieval needs blocks of one length");
+  if (!r.has_landmarks())
+    return unsupported(
+        "landmark: is_landmark marks tokens, but blocks are scored by their own keys, which is for "
+        "texts without landmarks");
+  return unsupported("landmark: is_landmark does not mark every position ", r.block - 1, " mod ",
+                     r.block, "; retrieval needs blocks of one length");
 }
 
 Result<RetrievalCall> read_retrieval(const OpCall& call) {
@@ -58,7 +62,7 @@ Result<RetrievalCall> read_retrieval(const OpCall& call) {
   Settings s(call.params, "landmark: params");
   Retrieval& r = about.retrieval;
   r.block = s.integer("block", r.block, 0, kMost);
-  r.top_k = s.integer("top_k", 0, 0, kMost);
+  r.top_k = s.integer("top_k", 0, -1, kMost);
   r.window = s.integer("window", 0, 0, kMost);
   r.max_blocks = s.integer("max_blocks", 0, 0, kMost);
   r.chunked = s.choice("mode", "window", {"window", "chunk"}) == "chunk";
@@ -67,6 +71,11 @@ Result<RetrievalCall> read_retrieval(const OpCall& call) {
     r.granularity = *granularity;
   } else {
     s.fail(granularity.status());
+  }
+  if (auto score = parse_block_score(s.text("score", "landmark")); score.ok()) {
+    r.score = *score;
+  } else {
+    s.fail(score.status());
   }
   about.interleaved = s.choice("rope", "half_split", {"half_split", "interleaved"}) != "half_split";
   about.rope_base = s.number("rope_base", about.rope_base, 1, 1e30);
@@ -85,7 +94,7 @@ Result<RetrievalCall> read_retrieval(const OpCall& call) {
   EVERLONG_RETURN_IF_ERROR(validate(r));
   if (const auto marks = call.inputs.find("is_landmark"); marks != call.inputs.end()) {
     EVERLONG_RETURN_IF_ERROR(check_marks("is_landmark", marks->second, {p.batch, p.tokens}));
-    EVERLONG_RETURN_IF_ERROR(check_regular(marks->second, r.block));
+    EVERLONG_RETURN_IF_ERROR(check_regular(marks->second, r));
   }
   return about;
 }
@@ -104,7 +113,8 @@ OpResult by_reference(const OpCall& call, const RetrievalCall& about) {
                                               about.retrieval, about.chunks, q, k, v});
     outs.push_back(from_doubles(read.out, {1, p.tokens, p.heads, p.value_dim}));
     selected.push_back(
-        at::tensor(read.selected, at::kLong).view({1, p.tokens, p.heads, about.retrieval.top_k}));
+        at::tensor(read.selected, at::kLong)
+            .view({1, p.tokens, p.heads, std::max<std::int64_t>(about.retrieval.top_k, 0)}));
   }
   result.out["o"] = at::cat(outs, 0);
   if (about.retrieval.top_k > 0) result.out["selected"] = at::cat(selected, 0);

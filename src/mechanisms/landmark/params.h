@@ -81,10 +81,20 @@ enum class Granularity {
 Result<Granularity> parse_granularity(const std::string& name);
 const char* name_of(Granularity granularity);
 
+// What tells how much a block matters to a query. Only the first has landmarks; the others are for
+// texts without them, so that a model of plain softmax attention reads blocks too: attention is
+// then the softmax over all tokens of what is read.
+enum class BlockScore {
+  kLandmark,  // the score of the block's landmark: one key a block
+  kMean,      // of the mean of the block's keys, each turned to its place in the block
+  kMax,       // the largest score of its tokens: every key of the past is scored
+};
+Result<BlockScore> parse_block_score(const std::string& name);  // "landmark", "mean", "max"
+
 // How retrieval sees a text; positions count landmarks, which lie at every L - 1 modulo L.
 struct Retrieval {
   std::int64_t block = 64;  // L, landmark included, at least 2
-  std::int64_t top_k = 0;   // blocks read from the past; 0: all
+  std::int64_t top_k = 0;   // blocks read from the past; 0: all, -1: none (what is local alone)
   // Complete blocks before a token's own that it always sees at their true distance. Not in chunks.
   std::int64_t window = 0;
   // Tokens are seen as the published program sees a chunk: the blocks that were complete when it
@@ -92,6 +102,9 @@ struct Retrieval {
   bool chunked = false;
   Granularity granularity = Granularity::kTokenHead;
   std::int64_t max_blocks = 0;  // of the past, the newest; 0: all
+  BlockScore score = BlockScore::kLandmark;
+
+  bool has_landmarks() const { return score == BlockScore::kLandmark; }
 
   // The first block that is local for a token at `position` of a call that began at `start`; those
   // before it are the past.
@@ -104,10 +117,14 @@ struct Retrieval {
   }
   // Blocks that are read of `count` kept ones.
   std::int64_t picks(std::int64_t count) const {
+    if (top_k < 0) return 0;
     return top_k > 0 ? std::min(top_k, count) : count;
   }
 };
 Status validate(const Retrieval& retrieval);
+// 1 where a token at [first, first + count) is a landmark: regular_landmarks, or nowhere.
+std::vector<std::uint8_t> landmarks_of(const Retrieval& retrieval, std::int64_t first,
+                                       std::int64_t count);
 
 // Blocks are picked by score, the younger of two equals first. Equality is a matter of course: in a
 // model's first layer all landmarks have one key. So that it does not hang on the last bit, scores

@@ -37,13 +37,30 @@ const double* value(const Stream& s, std::int64_t t, std::int64_t h) {
   return s.v.data() + (t * s.kv_heads + h / (s.heads / s.kv_heads)) * s.value_dim;
 }
 
+// The score that token and head give to a block whose first token is read at `base`.
+double block_score(const Stream& s, const std::vector<double>& q, std::int64_t block,
+                   std::int64_t base, std::int64_t h) {
+  const std::int64_t L = s.retrieval.block;
+  std::vector<double> of_tokens;
+  for (std::int64_t o = 0; o < L; ++o)
+    of_tokens.push_back(s.scale * product(q, turned(s, key(s, block * L + o, h), base + o)));
+  switch (s.retrieval.score) {
+    case BlockScore::kLandmark:
+      break;
+    case BlockScore::kMean:
+      return std::accumulate(of_tokens.begin(), of_tokens.end(), 0.0) / static_cast<double>(L);
+    case BlockScore::kMax:
+      return *std::max_element(of_tokens.begin(), of_tokens.end());
+  }
+  return of_tokens.back();
+}
+
 // The score that token and head give to every kept block.
 std::vector<double> block_scores(const Stream& s, const Frame& f, std::int64_t t, std::int64_t h) {
   std::vector<double> scores;
   const auto q = turned(s, query(s, t, h), t - f.shift());
   for (std::int64_t b = f.oldest; b < f.first_local; ++b)
-    scores.push_back(s.scale * product(q, turned(s, key(s, (b + 1) * f.block - 1, h),
-                                                 (f.slot(b) + 1) * f.block - 1)));
+    scores.push_back(block_score(s, q, b, f.slot(b) * f.block, h));
   return scores;
 }
 
@@ -99,7 +116,7 @@ void attend(const Stream& s, const Frame& f, const std::vector<std::int64_t>& pi
   std::vector<std::int64_t> tokens;
   const auto see = [&](std::int64_t token, std::int64_t position) {
     scores.push_back(s.scale * product(q, turned(s, key(s, token, h), position)));
-    marks.push_back(token % f.block == f.block - 1 ? 1 : 0);
+    marks.push_back(s.retrieval.has_landmarks() && token % f.block == f.block - 1 ? 1 : 0);
     tokens.push_back(token);
   };
   for (std::size_t i = 0; i < picked.size(); ++i)
@@ -117,7 +134,7 @@ void attend(const Stream& s, const Frame& f, const std::vector<std::int64_t>& pi
 
 Read read_blocks(const Stream& s) {
   Read read;
-  const std::int64_t K = s.retrieval.top_k;
+  const std::int64_t K = std::max<std::int64_t>(s.retrieval.top_k, 0);
   read.out.resize(static_cast<std::size_t>(s.tokens * s.heads * s.value_dim));
   read.selected.assign(static_cast<std::size_t>(s.tokens * s.heads * K), -1);
   std::int64_t start = 0;

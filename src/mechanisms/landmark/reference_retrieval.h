@@ -7,7 +7,7 @@ namespace everlong::landmark::reference {
 
 // One sequence from its start. q [tokens, heads, key_dim], k [tokens, kv_heads, key_dim], v
 // [tokens, kv_heads, value_dim], none of them turned; landmarks where position mod block = block
-// - 1.
+// - 1, if retrieval.score has landmarks.
 struct Stream {
   std::int64_t tokens = 0, heads = 1, kv_heads = 1, key_dim = 1, value_dim = 1;
   double scale = 1.0, rope_base = 10000;
