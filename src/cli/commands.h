@@ -15,6 +15,7 @@ void add_stream(Command& program);
 void add_bench(Command& program);      // bench op, bench model
 void add_info(Command& program);       // info, and:
 void add_info_longnet(Command& info);  // info longnet
+void add_info_infini(Command& info);   // info infini
 void add_report(Command& program);
 void add_convert(Command& program);
 

@@ -182,6 +182,7 @@ void add_info(Command& program) {
   info.example("everlong info --preset minimax-text-01");
   info.run([] { return command.run(); });
   add_info_longnet(info);
+  add_info_infini(info);
 }
 
 }  // namespace everlong::cli

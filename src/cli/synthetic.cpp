@@ -54,8 +54,14 @@ struct SyntheticCommand {
       for (std::size_t t = 0; t < made.ids.size(); ++t)
         if (made.targets[t] != kNoTarget && made.weights[t] == most && most > 0)
           asked.push_back(made.targets[t]);
+      const std::string writes =
+          made.writes.empty()
+              ? ""
+              : cat("; a memory stores its filler ",
+                    fixed(static_cast<double>(*std::ranges::max_element(made.writes)), 1),
+                    " times");
       print(cat(words.decode(made.ids), "\n  ", made.ids.size(),
-                " tokens; counts most: ", words.decode(asked), "\n"));
+                " tokens; counts most: ", words.decode(asked), writes, "\n"));
     }
     return {};
   }
@@ -89,6 +95,10 @@ void add_synthetic(Command& data) {
                    "what facts are hidden in");
   synthetic.option("--text-weight X", command.settings.text_weight,
                    "how much everything but the answer counts; 0: the answer alone");
+  synthetic.option("--write-multiplicity X", command.settings.write_multiplicity,
+                   "retrieval tasks: memories store a document's filler w times, w drawn up to X "
+                   "(log-uniform, one draw a document), as if it were so much longer; 1: once. "
+                   "For models whose layers take write weights (infini)");
   synthetic.option("--digits N", command.settings.retrieval.digits, "digits of a number");
   synthetic.option("--needles N", command.settings.retrieval.needles,
                    "names with a number (multikey) or numbers (multivalue)");

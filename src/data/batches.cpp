@@ -29,6 +29,7 @@ void resize(Batch& batch, std::int64_t rows, std::int64_t tokens) {
   batch.inputs.resize(rows * tokens);
   batch.targets.resize(rows * tokens);
   batch.weights.clear();
+  batch.writes.clear();
   batch.document_starts.clear();
   batch.row_continues.assign(rows, 0);
 }
@@ -48,6 +49,12 @@ Status fill_row(const SplitView& split, std::int64_t position, std::int64_t row,
         split.read_targets(position, targets.first(before_end), weights.first(before_end)));
     EVERLONG_RETURN_IF_ERROR(
         split.read_targets(0, targets.subspan(before_end), weights.subspan(before_end)));
+    if (split.has_writes()) {
+      batch.writes.resize(batch.targets.size());
+      const auto writes = std::span(batch.writes).subspan(base, tokens);
+      EVERLONG_RETURN_IF_ERROR(split.read_writes(position, writes.first(before_end)));
+      EVERLONG_RETURN_IF_ERROR(split.read_writes(0, writes.subspan(before_end)));
+    }
   } else {
     std::copy(inputs.begin() + 1, inputs.end(), targets.begin());
     EVERLONG_RETURN_IF_ERROR(split.read((position + tokens) % line, targets.last(1)));
@@ -72,8 +79,9 @@ Status fill_row(const SplitView& split, std::int64_t position, std::int64_t row,
 // Row `row` of the batch = these documents, then padding.
 Status fill_documents(const SplitView& split, std::span<const std::uint32_t> documents,
                       std::int64_t row, Batch& batch) {
-  const bool weighed = split.has_targets();
+  const bool weighed = split.has_targets(), written = split.has_writes();
   if (weighed) batch.weights.resize(batch.targets.size());
+  if (written) batch.writes.resize(batch.targets.size(), 1);
   std::int64_t at = row * batch.tokens;
   const std::int64_t end = at + batch.tokens;
   for (const std::uint32_t document : documents) {
@@ -86,6 +94,9 @@ Status fill_documents(const SplitView& split, std::span<const std::uint32_t> doc
     if (weighed) {
       EVERLONG_RETURN_IF_ERROR(
           split.read_targets(begin, targets, std::span(batch.weights).subspan(at, count)));
+      if (written)
+        EVERLONG_RETURN_IF_ERROR(
+            split.read_writes(begin, std::span(batch.writes).subspan(at, count)));
     } else {
       std::copy(inputs.begin() + 1, inputs.end(), targets.begin());
     }

@@ -3,7 +3,7 @@
 // Documents and predictions: a model starts a document with a fresh state, and nothing predicts a
 // document's first token: the target at an end-of-document token is kNoTarget. The end-of-document
 // token itself is predicted. A split with targets of its own (data/targets.h) says itself what each
-// token predicts and how much that counts.
+// token predicts, how much that counts, and perhaps how often a memory stores the token.
 #pragma once
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
@@ -21,6 +21,7 @@ struct Batch {
   std::vector<std::int32_t>
       targets;                 // [B, T]: the token after each input in the line, or kNoTarget
   std::vector<float> weights;  // [B, T]: how much the loss of each target counts; empty: 1 each
+  std::vector<float> writes;   // [B, T]: how often a memory stores each token; empty: once each
   // Where a sequence begins in the flattened line of B*T tokens, rising: every row's first token,
   // and every document's first token inside a row.
   std::vector<std::int64_t> document_starts;

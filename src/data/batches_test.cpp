@@ -338,7 +338,7 @@ TEST_F(Batches, DocumentsLongerThanARowAreRefused) {
 }
 
 // A dataset with targets: after token t comes 2 t, at weight t / 100, but at ends of documents
-// nothing.
+// nothing; a memory stores it t + 0.5 times.
 class WeighedBatches : public testing::Test {
  protected:
   WeighedBatches() {
@@ -346,14 +346,15 @@ class WeighedBatches : public testing::Test {
     SplitWriter writer(folder_, "train", 50);
     for (int document = 0; document < 12; ++document) {
       std::vector<std::int32_t> ids, targets;
-      std::vector<float> weights;
+      std::vector<float> weights, writes;
       for (int i = 0; i < 5 + document; ++i) ids.push_back(20 * document + i);
       ids.push_back(kEod);
       for (const auto id : ids) {
         targets.push_back(id == kEod ? kNoTarget : 2 * id);
         weights.push_back(static_cast<float>(id == kEod ? 0 : id) / 100);
+        writes.push_back(static_cast<float>(id) + 0.5f);
       }
-      EXPECT_TRUE(writer.add(ids, 1, targets, weights).ok());
+      EXPECT_TRUE(writer.add(ids, 1, targets, weights, writes).ok());
     }
     EXPECT_TRUE(
         write_dataset_info(folder_, {"test", 4096, kEod, 0, {{"train", *writer.finish()}}}).ok());
@@ -368,11 +369,14 @@ TEST_F(WeighedBatches, TargetsAndWeightsComeFromTheData) {
   const auto split = *dataset->split("train");
   const auto expect_weighed = [](const Batch& batch) {
     ASSERT_EQ(batch.weights.size(), batch.targets.size());
+    ASSERT_EQ(batch.writes.size(), batch.targets.size());
     double sum = 0;
     for (std::size_t i = 0; i < batch.inputs.size(); ++i) {
       const bool end = batch.inputs[i] == kEod;
       EXPECT_EQ(batch.targets[i], end ? kNoTarget : 2 * batch.inputs[i]);
       EXPECT_EQ(batch.weights[i], end ? 0 : static_cast<float>(batch.inputs[i]) / 100);
+      const float written = static_cast<float>(batch.inputs[i]) + 0.5f;
+      EXPECT_TRUE(batch.writes[i] == written || (end && batch.writes[i] == 1));  // 1: padding
       sum += static_cast<double>(batch.weights[i]);
     }
     EXPECT_NEAR(batch.weight(), sum, 1e-9);
@@ -391,8 +395,11 @@ TEST_F(WeighedBatches, TargetsAndWeightsComeFromTheData) {
 }
 
 TEST_F(WeighedBatches, TargetsThatDoNotFitAreRefused) {
-  const auto open_with = [&](std::vector<std::int32_t> targets, std::vector<float> weights) {
-    EXPECT_TRUE(write_targets(folder_ / "train-00000.targets.safetensors", targets, weights).ok());
+  const auto open_with = [&](std::vector<std::int32_t> targets, std::vector<float> weights,
+                             bool with_writes = true) {
+    const std::vector<float> writes(with_writes ? targets.size() : 0, 2);
+    EXPECT_TRUE(
+        write_targets(folder_ / "train-00000.targets.safetensors", targets, weights, writes).ok());
     EVERLONG_ASSIGN(const auto dataset, TokenDataset::open(folder_));
     return dataset.verify();
   };
@@ -400,6 +407,7 @@ TEST_F(WeighedBatches, TargetsThatDoNotFitAreRefused) {
   std::vector<std::int32_t> targets(static_cast<std::size_t>(tokens), 7);
   std::vector<float> weights(targets.size(), 1);
   EXPECT_TRUE(open_with(targets, weights).ok());
+  EXPECT_FALSE(open_with(targets, weights, false).ok());  // the other shards have writes
   targets[3] = 4096;
   EXPECT_FALSE(open_with(targets, weights).ok());
   targets[3] = 7;
@@ -407,8 +415,14 @@ TEST_F(WeighedBatches, TargetsThatDoNotFitAreRefused) {
   weights.pop_back();
   EXPECT_FALSE(open_with(targets, weights).ok());
   const std::vector<float> negative = {-1}, nan = {std::nanf("")};
-  for (const auto& wrong : {negative, nan})
-    EXPECT_FALSE(write_targets(folder_ / "x", std::vector<std::int32_t>{1}, wrong).ok());
+  const std::vector<std::int32_t> one = {1};
+  const std::vector<float> right = {1}, two = {1, 1};
+  for (const auto& wrong : {negative, nan}) {
+    EXPECT_FALSE(write_targets(folder_ / "x", one, wrong).ok());
+    EXPECT_FALSE(write_targets(folder_ / "x", one, right, wrong).ok());
+  }
+  EXPECT_FALSE(write_targets(folder_ / "x", one, right, two).ok());
+  EXPECT_TRUE(write_targets(folder_ / "x", one, right, right).ok());
   EXPECT_FALSE(
       write_targets(folder_ / "x", std::vector<std::int32_t>{-2}, std::vector<float>{1}).ok());
   EXPECT_FALSE(
@@ -426,6 +440,11 @@ TEST_F(WeighedBatches, ASplitHasTargetsForAllDocumentsOrForNone) {
   }
   SplitWriter writer(folder_, "other", 100);
   EXPECT_FALSE(writer.add(ids, 1, targets, std::vector<float>{1}).ok());
+  EXPECT_FALSE(writer.add(ids, 1, targets, weights, std::vector<float>{1}).ok());
+  SplitWriter some(folder_, "other", 100);
+  ASSERT_TRUE(some.add(ids, 1, targets, weights, weights).ok());
+  ASSERT_TRUE(some.add(ids, 1, targets, weights).ok());
+  EXPECT_FALSE(some.finish().ok());
 }
 
 }  // namespace

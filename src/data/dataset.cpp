@@ -136,13 +136,18 @@ Status SplitWriter::add(std::span<const std::int32_t> ids, std::int64_t text_byt
 }
 
 Status SplitWriter::add(std::span<const std::int32_t> ids, std::int64_t text_bytes,
-                        std::span<const std::int32_t> targets, std::span<const float> weights) {
+                        std::span<const std::int32_t> targets, std::span<const float> weights,
+                        std::span<const float> writes) {
   if (targets.size() != ids.size() || weights.size() != ids.size())
     return invalid_argument("a document of ", ids.size(), " tokens with ", targets.size(),
                             " targets and ", weights.size(), " weights; one of each is needed");
+  if (!writes.empty() && writes.size() != ids.size())
+    return invalid_argument("a document of ", ids.size(), " tokens with ", writes.size(),
+                            " write weights; one each is needed, or none");
   EVERLONG_RETURN_IF_ERROR(add(ids, text_bytes));
   targets_.insert(targets_.end(), targets.begin(), targets.end());
   weights_.insert(weights_.end(), weights.begin(), weights.end());
+  writes_.insert(writes_.end(), writes.begin(), writes.end());
   return {};
 }
 
@@ -159,8 +164,11 @@ Status SplitWriter::flush() {
       (!info_.shards.empty() && has_targets == info_.shards[0].targets.empty()))
     return invalid_argument("some documents of the split have targets and others have none");
   if (has_targets) {
+    if (!writes_.empty() && writes_.size() != tokens_.size())
+      return invalid_argument(
+          "some documents of the split have write weights and others have none");
     shard.targets = cat(split_, number, ".targets.safetensors");
-    EVERLONG_RETURN_IF_ERROR(write_targets(folder_ / shard.targets, targets_, weights_));
+    EVERLONG_RETURN_IF_ERROR(write_targets(folder_ / shard.targets, targets_, weights_, writes_));
   }
   info_.tokens += shard.tokens;
   info_.documents += shard.documents;
@@ -168,6 +176,7 @@ Status SplitWriter::flush() {
   tokens_.clear();
   targets_.clear();
   weights_.clear();
+  writes_.clear();
   starts_.assign(1, 0);
   return {};
 }
@@ -244,6 +253,19 @@ Status SplitView::read_targets(std::int64_t position, std::span<std::int32_t> ta
   return {};
 }
 
+Status SplitView::read_writes(std::int64_t position, std::span<float> writes) const {
+  assert(has_writes());
+  while (!writes.empty()) {
+    const std::size_t shard = shard_at(position),
+                      count = piece(position, std::ssize(writes)).size();
+    EVERLONG_RETURN_IF_ERROR(data_->targets[shard].read_writes(position - data_->first_token[shard],
+                                                               writes.first(count)));
+    position += static_cast<std::int64_t>(count);
+    writes = writes.subspan(count);
+  }
+  return {};
+}
+
 Result<TokenDataset> TokenDataset::open(const fs::path& folder) {
   TokenDataset dataset;
   dataset.folder_ = folder;
@@ -262,6 +284,10 @@ Result<TokenDataset> TokenDataset::open(const fs::path& folder) {
       data.shards.push_back(std::move(shard));
       if (entry.targets.empty()) continue;
       EVERLONG_ASSIGN(auto targets, TargetsFile::open(folder / entry.targets, tokens));
+      if (!data.targets.empty() && data.targets[0].has_writes() != targets.has_writes())
+        return corrupt((folder / entry.targets).string(),
+                       ": some shards have write weights and others have none; make the dataset "
+                       "again");
       data.targets.push_back(std::move(targets));
     }
     dataset.splits_.emplace(name,
@@ -283,7 +309,9 @@ Status TokenDataset::verify() const {
       const auto tokens = split.data_->shards[s].tokens().size();
       std::vector<std::int32_t> targets(tokens);
       std::vector<float> weights(tokens);
-      EVERLONG_RETURN_IF_ERROR(split.data_->targets[s].read(0, info_.vocab_size, targets, weights));
+      const TargetsFile& file = split.data_->targets[s];
+      EVERLONG_RETURN_IF_ERROR(file.read(0, info_.vocab_size, targets, weights));
+      if (file.has_writes()) EVERLONG_RETURN_IF_ERROR(file.read_writes(0, weights));
     }
     for (const auto& shard : split.data_->shards) {
       EVERLONG_RETURN_IF_ERROR(shard.verify());

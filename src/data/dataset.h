@@ -43,10 +43,11 @@ class SplitWriter {
   SplitWriter(fs::path folder, std::string split, std::int64_t shard_tokens);
   // `ids` end with the end-of-document token and stand for `text_bytes` bytes of text.
   Status add(std::span<const std::int32_t> ids, std::int64_t text_bytes);
-  // With targets of its own, one and a weight for each id. A split has them for all documents or
-  // for none.
+  // With targets of its own, one and a weight for each id, and perhaps how often each is stored. A
+  // split has them for all documents or for none.
   Status add(std::span<const std::int32_t> ids, std::int64_t text_bytes,
-             std::span<const std::int32_t> targets, std::span<const float> weights);
+             std::span<const std::int32_t> targets, std::span<const float> weights,
+             std::span<const float> writes = {});
   Result<SplitInfo> finish();
 
  private:
@@ -57,7 +58,7 @@ class SplitWriter {
   std::vector<std::uint16_t> tokens_;
   std::vector<std::uint64_t> starts_ = {0};
   std::vector<std::int32_t> targets_;
-  std::vector<float> weights_;
+  std::vector<float> weights_, writes_;
   SplitInfo info_;
 };
 
@@ -86,6 +87,9 @@ class SplitView {
   bool has_targets() const { return !data_->targets.empty(); }
   Status read_targets(std::int64_t position, std::span<std::int32_t> targets,
                       std::span<float> weights) const;
+  // Whether it also says how often a memory stores each token, and then how often.
+  bool has_writes() const { return has_targets() && data_->targets.front().has_writes(); }
+  Status read_writes(std::int64_t position, std::span<float> writes) const;
 
  private:
   friend class TokenDataset;

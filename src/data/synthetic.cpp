@@ -17,6 +17,9 @@ namespace {
 
 constexpr std::uint64_t kHeldOut = std::uint64_t{1} << 62;  // numbers of the held-out documents
 
+constexpr std::uint64_t kWriteDraw = 0x77726974;  // the draw of a document's write weight
+constexpr double kMostWrites = 1e9;  // beyond it fp32 sums of a memory lose what is written once
+
 // Text tokens that leave room for their landmarks in `tokens`. Where a landmark would come last it
 // is left out, and the document is one token shorter.
 std::int64_t text_tokens(std::int64_t tokens, std::int64_t block) {
@@ -35,6 +38,9 @@ SyntheticDocument with_landmarks(const SyntheticDocument& text, std::int64_t blo
     out.weights.resize(out.ids.size() - 1, 0);
     out.targets.push_back(text.targets[i]);
     out.weights.push_back(text.weights[i]);
+    if (text.writes.empty()) continue;
+    out.writes.resize(out.ids.size() - 1, 1);
+    out.writes.push_back(text.writes[i]);
   }
   return out;
 }
@@ -80,6 +86,14 @@ Result<SyntheticDocuments> SyntheticDocuments::make(const SyntheticSettings& set
   if (settings.landmark_block != 0 && settings.landmark_block < 2)
     return invalid_argument("landmark_block = ", settings.landmark_block,
                             "; a block has 2 tokens or more (0: no landmarks)");
+  if (!(settings.write_multiplicity >= 1 && settings.write_multiplicity <= kMostWrites))
+    return invalid_argument("write_multiplicity = ", settings.write_multiplicity,
+                            " is out of range; allowed: 1 (no weights) to ", kMostWrites);
+  if (settings.write_multiplicity > 1 && !retrieval_kind(settings.task).ok())
+    return invalid_argument("write_multiplicity = ", settings.write_multiplicity, " with task \"",
+                            settings.task,
+                            "\", which has no filler to weigh; retrieval tasks have: ",
+                            "passkey, single, multikey, multivalue, tracking");
   SyntheticDocuments documents(settings, tokenizer);
   if (settings.task == "counts") {
     const auto& counts = settings.counts;
@@ -208,6 +222,22 @@ SyntheticDocument SyntheticDocuments::counts(std::int64_t tokens, Random& random
   return out;
 }
 
+// A draw of its own: documents with and without weights are the same otherwise.
+std::vector<float> SyntheticDocuments::drawn_writes(const RetrievalPrompt& prompt,
+                                                    std::int64_t tokens, std::uint64_t seed) const {
+  if (settings_.write_multiplicity <= 1) return {};
+  Random random{mixed_seed({seed, kWriteDraw})};
+  const double written = std::exp(random.share() * std::log(settings_.write_multiplicity));
+  std::vector<float> writes;
+  for (const auto& piece : prompt.pieces) {
+    writes.resize(writes.size() + static_cast<std::size_t>(piece.filler),
+                  static_cast<float>(written));
+    writes.resize(writes.size() + piece.tokens.size(), 1);
+  }
+  writes.resize(static_cast<std::size_t>(tokens), 1);  // the answer and the end of the document
+  return writes;
+}
+
 Result<SyntheticDocument> SyntheticDocuments::retrieval(std::int64_t tokens, Random& random) const {
   const RetrievalPrompts& prompts = prompts_.front();
   const double depth = random.share();
@@ -229,6 +259,7 @@ Result<SyntheticDocument> SyntheticDocuments::retrieval(std::int64_t tokens, Ran
   const auto scored = std::ranges::count(prompt.scored, 1);
   const float rest =
       static_cast<float>(settings_.text_weight / static_cast<double>(tokens - 1 - scored));
+  out.writes = drawn_writes(prompt, tokens, seed);
   out.weights.assign(size, rest);
   out.weights.back() = 0;
   for (std::size_t i = 0; i < prompt.answer.size(); ++i)
@@ -262,7 +293,7 @@ Result<SyntheticReport> write_synthetic(const SyntheticDocuments& documents,
       for (std::int64_t i = 0; !enough(i, tokens); ++i) {
         EVERLONG_ASSIGN(const auto made, documents.document(first + static_cast<std::uint64_t>(i)));
         EVERLONG_RETURN_IF_ERROR(writer.add(made.ids, std::ssize(tokenizer.decode(made.ids)),
-                                            made.targets, made.weights));
+                                            made.targets, made.weights, made.writes));
         best += made.best_nats;
         for (const float weight : made.weights) targets += static_cast<double>(weight);
         tokens += std::ssize(made.ids);

@@ -22,6 +22,7 @@ struct SyntheticDocument {
   std::vector<std::int32_t> ids;      // the end of document last
   std::vector<std::int32_t> targets;  // kNoTarget where nothing is asked
   std::vector<float> weights;
+  std::vector<float> writes = {};  // how often a memory stores each token; empty: once each
   double best_nats = 0;  // counts: -ln of what the best predictor gives the targets, summed
 };
 
@@ -53,6 +54,11 @@ struct SyntheticSettings {
   FillerKind filler = FillerKind::kSentences;
   std::vector<LengthRange> lengths = {{52, 121, 1}};
   double text_weight = 0.2;
+  // Retrieval tasks: memories store the filler of a document w times, w = exp(uniform in [0, ln
+  // write_multiplicity]), one draw a document; everything else once. For a memory that is a sum and
+  // filler that repeats, this is what a filler w times as long leaves behind. 1: no writes are
+  // given. Documents are otherwise the same, whatever the multiplicity.
+  double write_multiplicity = 1;
   // Landmark tokens after every block - 1 tokens; 0: none. Their id is the tokenizer's vocab_size;
   // nothing predicts them and they predict nothing. Lengths count them; a document that would end
   // with one is a token shorter.
@@ -76,6 +82,8 @@ class SyntheticDocuments {
   Result<SyntheticDocument> recall(std::int64_t tokens, Random& random) const;
   SyntheticDocument counts(std::int64_t tokens, Random& random) const;
   Result<SyntheticDocument> retrieval(std::int64_t tokens, Random& random) const;
+  std::vector<float> drawn_writes(const RetrievalPrompt& prompt, std::int64_t tokens,
+                                  std::uint64_t seed) const;
   SyntheticSettings settings_;
   const Tokenizer* tokenizer_;
   std::vector<RetrievalPrompts> prompts_;  // one, for a retrieval task

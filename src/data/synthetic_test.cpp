@@ -200,8 +200,48 @@ TEST_F(SyntheticFolder, TheSameSettingsGiveTheSameFiles) {
   EXPECT_NE(*read_file(folder_ / "train-00000.tokens"), first["train-00000.tokens"]);
 }
 
+// The filler alone is weighed, with one number a document, log-uniform; the text stays as it is.
+TEST(Synthetic, WritesWeighTheFillerAndNothingElse) {
+  const auto words = *make_tokenizer("words");
+  const auto sentences = *Filler::make(FillerKind::kSentences, *words);
+  for (const std::int64_t block : {0, 16}) {
+    const auto plain = maker({.lengths = {{100, 160}}, .landmark_block = block});
+    const auto made =
+        maker({.lengths = {{100, 160}}, .write_multiplicity = 1000, .landmark_block = block});
+    std::set<std::int32_t> of_filler;  // words that are in nothing but filler
+    for (const char* word : {"grass", "green", "sky", "blue", "sun", "yellow", "go", "back"})
+      of_filler.insert(words->encode(word).at(0));
+    std::vector<double> drawn;
+    for (std::uint64_t number = 0; number < 400; ++number) {
+      const auto document = *made.documents.document(number);
+      EXPECT_EQ(document.ids, plain.documents.document(number)->ids);
+      EXPECT_TRUE(plain.documents.document(number)->writes.empty());
+      ASSERT_EQ(document.writes.size(), document.ids.size());
+      const float most = *std::ranges::max_element(document.writes);
+      std::int64_t weighed = 0, landmarks = 0;
+      for (std::size_t i = 0; i < document.ids.size(); ++i) {
+        EXPECT_TRUE(document.writes[i] == most || document.writes[i] == 1);
+        EXPECT_TRUE(!of_filler.contains(document.ids[i]) || document.writes[i] == most);
+        EXPECT_TRUE(document.ids[i] != 86 || document.writes[i] == 1);
+        weighed += document.writes[i] == most ? 1 : 0;
+        landmarks += document.ids[i] == 86 ? 1 : 0;
+      }
+      // Intro, needle, question, answer and end are the least prompt and six tokens.
+      EXPECT_EQ(weighed, std::ssize(document.ids) - landmarks -
+                             RetrievalPrompts::make({}, *words, sentences)->least_tokens() - 6);
+      drawn.push_back(std::log(static_cast<double>(most)) / std::log(1000.0));
+    }
+    double mean = 0;
+    for (const double share : drawn) mean += share / 400;
+    EXPECT_GE(*std::ranges::min_element(drawn), 0);
+    EXPECT_LE(*std::ranges::max_element(drawn), 1);
+    EXPECT_NEAR(mean, 0.5, 0.06);  // four deviations of a mean of 400 uniform numbers
+  }
+}
+
 TEST_F(SyntheticFolder, WhatWasMadeIsWhatIsReadBack) {
-  const auto made = maker({.lengths = {{80, 120}}, .landmark_block = 16});
+  const auto made =
+      maker({.lengths = {{80, 120}}, .write_multiplicity = 100, .landmark_block = 16});
   const auto report =
       write_synthetic(made.documents, *made.tokenizer,
                       {.train_tokens = 5000, .valid_documents = 3, .shard_tokens = 1000}, folder_);
@@ -222,6 +262,9 @@ TEST_F(SyntheticFolder, WhatWasMadeIsWhatIsReadBack) {
     EXPECT_EQ(ids, document.ids);
     EXPECT_EQ(targets, document.targets);
     EXPECT_EQ(weights, document.weights);
+    ASSERT_TRUE(train.has_writes());
+    ASSERT_TRUE(train.read_writes(train.document_start(i), weights).ok());
+    EXPECT_EQ(weights, document.writes);
   }
   const auto valid = *dataset->split("valid");
   std::vector<std::int32_t> held_out(80), trained(80);
@@ -245,6 +288,11 @@ TEST_F(SyntheticFolder, RefusesWhatCannotBeMade) {
       {.text_weight = -1},
       {.text_weight = std::nan("")},
       {.landmark_block = 1},
+      {.write_multiplicity = 0.5},
+      {.write_multiplicity = 1e10},
+      {.write_multiplicity = std::nan("")},
+      {.task = "recall", .write_multiplicity = 10},
+      {.task = "counts", .write_multiplicity = 10},
       {.task = "recall", .recall = {.symbols = 17}},
       {.task = "counts", .counts = {.symbols = 1}},
       {.task = "counts", .counts = {.concentration = 0}},

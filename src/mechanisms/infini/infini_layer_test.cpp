@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "mechanisms/infini/layer.h"
+#include "mechanisms/infini/layer_mass.h"
 
 namespace everlong::infini {
 namespace {
@@ -183,6 +184,93 @@ TEST(InfiniLayer, WriteWeightsReachMemoryThroughEveryCall) {
   EXPECT_LE(error(pieces->tensors().at("M"), whole->tensors().at("M")), 1e-13);
   EXPECT_GT(error(plain->tensors().at("M"), whole->tensors().at("M")), 0.1);
   EXPECT_THROW((void)mixer->forward(text(5), {}, nullptr), std::exception);
+}
+
+// Segments here all have positions 0 to 7, so a segment fed again writes the same keys and values.
+TEST(InfiniLayer, AWriteWeightIsSoManyWritesForTheLinearRuleOnly) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor segment = text(8), next = text(13);
+  at::Tensor weight = at::ones({1, 8}, at::kDouble), others = at::zeros({1, 8}, at::kDouble);
+  weight.narrow(1, 2, 5).fill_(4);
+  others.narrow(1, 2, 5).fill_(1);
+  for (const auto& [update, same] : {std::pair{"linear", true}, {"delta", false}}) {
+    const auto mixer = layer({{"update", update}});
+    const auto weighed = mixer->make_state(1), repeated = mixer->make_state(1);
+    mixer->set_write_weight(weight);
+    (void)mixer->forward(segment, {}, weighed.get());
+    for (int times = 0; times < 4; ++times) {
+      mixer->set_write_weight(times == 0 ? at::ones({1, 8}, at::kDouble) : others);
+      (void)mixer->forward(segment, {}, repeated.get());
+    }
+    mixer->set_write_weight({});
+    const double apart =
+        error(mixer->forward(next, {}, weighed.get()), mixer->forward(next, {}, repeated.get()));
+    if (same)
+      EXPECT_LE(apart, 1e-13);  // sums of a few dozen fp64 numbers in another order
+    else
+      EXPECT_GT(apart, 1e-3);
+  }
+}
+
+TEST(InfiniLayer, PackedSequencesWithoutStateEqualEachAlone) {
+  // Lengths near each other (side by side), far from each other (one by one), empty ones, one
+  // alone.
+  for (const auto& offsets : std::vector<std::vector<std::int64_t>>{
+           {0, 20, 37, 37, 60}, {0, 3, 60}, {0, 0, 60}, {0, 30, 60}, {0, 0, 0, 60, 60}})
+    for (const bool weighed : {false, true}) {
+      const auto mixer = layer({{"update", "delta"}});
+      const at::Tensor x = text(60), weight = at::arange(1, 61, at::kDouble).view({1, 60}) / 20;
+      const at::Tensor gradient = at::randn({1, 60, kWidth}, at::kDouble);
+      const auto differentiated = [&](const auto& run) {
+        at::Tensor input = x.clone().requires_grad_(true);
+        mixer->zero_grad();
+        const at::Tensor out = run(input);
+        out.backward(gradient);
+        std::vector<at::Tensor> all = {out.detach(), input.grad()};
+        for (const auto& parameter : mixer->parameters()) all.push_back(parameter.grad().clone());
+        return all;
+      };
+      const auto packed = differentiated([&](const at::Tensor& input) {
+        mixer->set_write_weight(weighed ? weight : at::Tensor());
+        return mixer->forward(input, {offsets}, nullptr);
+      });
+      const auto alone = differentiated([&](const at::Tensor& input) {
+        std::vector<at::Tensor> parts;
+        for (std::size_t n = 0; n + 1 < offsets.size(); ++n) {
+          const std::int64_t begin = offsets[n], tokens = offsets[n + 1] - begin;
+          if (tokens == 0) continue;
+          mixer->set_write_weight(weighed ? weight.narrow(1, begin, tokens) : at::Tensor());
+          parts.push_back(mixer->forward(input.narrow(1, begin, tokens), {}, nullptr));
+        }
+        return at::cat(parts, 1);
+      });
+      for (std::size_t i = 0; i < alone.size(); ++i)
+        EXPECT_LE(error(packed[i], alone[i]), 1e-11) << i << " of " << offsets.size();
+    }
+}
+
+TEST(InfiniLayer, MassesAreSumsOfKeyFeatures) {
+  const at::NoGradGuard no_grad;
+  const auto mixer = layer({});
+  const auto state = mixer->make_state(1);
+  const auto masses = [&] { return slot_masses(state->tensors().at("z")[0]); };
+  EXPECT_EQ(masses().at(1).mean, 0);
+  EXPECT_EQ(masses().at(1).contrast(), 1);
+  EXPECT_EQ(masses().at(1).best_share(), 1);
+  const at::Tensor x = text(19);  // two segments of 8, and three tokens not written yet
+  (void)mixer->forward(x, {}, state.get());
+  const at::Tensor k = at::linear(x, mixer->named_parameters()["k_proj.weight"]);
+  const at::Tensor written = at::elu(k.narrow(1, 0, 16)).add(1).sum(1).view({2, 6});
+  ASSERT_EQ(masses().size(), 2U);
+  for (const std::int64_t head : {0, 1}) {
+    const SlotMass mass = masses()[static_cast<std::size_t>(head)];
+    EXPECT_NEAR(mass.mean, written[head].mean().item<double>(), 1e-11);
+    EXPECT_NEAR(mass.smallest, written[head].min().item<double>(), 1e-11);
+    EXPECT_NEAR(mass.largest, written[head].max().item<double>(), 1e-11);
+    EXPECT_NEAR(mass.contrast(), mass.largest / mass.smallest, 1e-12);
+    EXPECT_NEAR(mass.best_share(), 1 / (1 + mass.smallest), 1e-12);
+  }
+  EXPECT_THROW((void)slot_masses(state->tensors().at("z")), std::exception);
 }
 
 TEST(InfiniLayer, GatesHaveOneDimensionAndTheirValuesAreShares) {

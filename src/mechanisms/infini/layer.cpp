@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "core/offsets.h"
 #include "core/settings.h"
+#include "layers/layer_call.h"
 #include "layers/weights.h"
 
 namespace everlong::infini {
@@ -18,6 +18,46 @@ Rope rope_of(const std::string& name) {
          : name == "interleaved" ? Rope::kInterleaved
                                  : Rope::kHalfSplit;
 }
+
+// Sequences of a packed line side by side, each filled up at its end, with copies of its last
+// token, to the length of the longest: what follows a sequence changes nothing in it, and nobody
+// reads the memory that is left behind.
+class SideBySide {
+ public:
+  explicit SideBySide(const std::vector<std::int64_t>& offsets) {
+    for (std::size_t n = 0; n + 1 < offsets.size(); ++n) {
+      const std::int64_t tokens = offsets[n + 1] - offsets[n];
+      sequences_ += tokens > 0 ? 1 : 0;
+      longest_ = std::max(longest_, tokens);
+    }
+    std::int64_t filled = 0;
+    for (std::size_t n = 0; n + 1 < offsets.size(); ++n) {
+      const std::int64_t tokens = offsets[n + 1] - offsets[n];
+      if (tokens == 0) continue;
+      for (std::int64_t t = 0; t < longest_; ++t) {
+        from_.push_back(offsets[n] + std::min(t, tokens - 1));
+        if (t < tokens) back_.push_back(filled + t);
+      }
+      filled += longest_;
+    }
+  }
+  // Rows computed in vain cost more than calls saved where lengths differ much.
+  bool pays() const { return sequences_ > 1 && from_.size() <= 2 * back_.size(); }
+  // [1, T, ..] -> [N, longest, ..] and back.
+  at::Tensor apart(const at::Tensor& x) const {
+    if (!x.defined()) return x;
+    return pick(x.squeeze(0), from_).unflatten(0, {sequences_, longest_});
+  }
+  at::Tensor joined(const at::Tensor& x) const { return pick(x.flatten(0, 1), back_).unsqueeze(0); }
+
+ private:
+  static at::Tensor pick(const at::Tensor& rows, const std::vector<std::int64_t>& which) {
+    const at::Tensor index = at::tensor(which, at::kLong).to(rows.device());
+    return rows.index_select(0, index);
+  }
+  std::int64_t sequences_ = 0, longest_ = 0;
+  std::vector<std::int64_t> from_, back_;
+};
 
 }  // namespace
 
@@ -93,20 +133,11 @@ at::Tensor InfiniAttention::gate_values() const {
 
 void InfiniAttention::check(const at::Tensor& x_BTD, const Sequences& sequences,
                             const State* state) const {
-  TORCH_CHECK_VALUE(x_BTD.dim() == 3 && x_BTD.size(2) == settings_.hidden_size && x_BTD.size(0) > 0,
-                    "infini: x has shape ", x_BTD.sizes(), "; [B, T, ", settings_.hidden_size,
-                    "] is needed");
-  throw_if_error(check_offsets(sequences.offsets, x_BTD.size(0), x_BTD.size(1)).at("infini"));
+  check_layer_call("infini", x_BTD, settings_.hidden_size, sequences, state,
+                   dynamic_cast<const InfiniState*>(state) != nullptr);
   TORCH_CHECK_VALUE(!write_weight_.defined() || write_weight_.sizes() == x_BTD.sizes().slice(0, 2),
                     "infini: write weights of shape ", write_weight_.sizes(), " for tokens ",
                     x_BTD.sizes().slice(0, 2), "; set them for each call, or none");
-  if (state == nullptr) return;
-  TORCH_CHECK_VALUE(
-      dynamic_cast<const InfiniState*>(state) != nullptr,
-      "infini: the state is of another mechanism; take it from this layer's make_state");
-  TORCH_CHECK_VALUE(state->sequences() == sequences.count(x_BTD.size(0)), "infini: a state of ",
-                    state->sequences(), " sequences for a call of ",
-                    sequences.count(x_BTD.size(0)));
 }
 
 at::Tensor InfiniAttention::forward(const at::Tensor& x_BTD, const Sequences& sequences,
@@ -122,19 +153,27 @@ at::Tensor InfiniAttention::forward(const at::Tensor& x_BTD, const Sequences& se
   } else if (sequences.offsets.empty()) {
     out = infini_attention(q, k, v, gate_, write_weight_, {}, settings_.options).out_BTHV;
   } else {
-    std::vector<at::Tensor> parts;
-    for (std::size_t n = 0; n + 1 < sequences.offsets.size(); ++n) {
-      const std::int64_t begin = sequences.offsets[n], count = sequences.offsets[n + 1] - begin;
-      const auto mine = [&](const at::Tensor& x) {
-        return x.defined() ? x.narrow(1, begin, count) : x;
-      };
-      parts.push_back(infini_attention(mine(q), mine(k), mine(v), gate_, mine(write_weight_), {},
-                                       settings_.options)
-                          .out_BTHV);
-    }
-    out = at::cat(parts, 1);
+    out = mix_fresh(q, k, v, sequences.offsets);
   }
   return o_proj_->forward(out.flatten(2));
+}
+
+// Fresh sequences of a packed line, which nothing outlives.
+at::Tensor InfiniAttention::mix_fresh(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                      const std::vector<std::int64_t>& offsets) const {
+  const auto run = [&](const auto& take) {
+    return infini_attention(take(q), take(k), take(v), gate_, take(write_weight_), {},
+                            settings_.options)
+        .out_BTHV;
+  };
+  const SideBySide rows(offsets);
+  if (rows.pays()) return rows.joined(run([&](const at::Tensor& x) { return rows.apart(x); }));
+  std::vector<at::Tensor> parts;
+  for (std::size_t n = 0; n + 1 < offsets.size(); ++n)
+    parts.push_back(run([&](const at::Tensor& x) {
+      return x.defined() ? x.narrow(1, offsets[n], offsets[n + 1] - offsets[n]) : x;
+    }));
+  return at::cat(parts, 1);
 }
 
 }  // namespace everlong::infini

@@ -3,6 +3,7 @@
 #pragma once
 #include "layers/gated.h"
 #include "layers/linear.h"
+#include "layers/write_weighted.h"
 #include "mechanisms/infini/layer_state.h"
 #include "mechanisms/mechanism.h"
 
@@ -22,7 +23,7 @@ Result<LayerSettings> read_settings(const LayerSpec& spec);
 // Parameters q_proj.weight [H K, D], k_proj.weight and v_proj.weight [G K, D], o_proj.weight [D, H
 // K], and gate [1, H or H K], one dimension (so without weight decay): the weight of memory is its
 // sigmoid.
-class InfiniAttention final : public Mixer, public Gated {
+class InfiniAttention final : public Mixer, public Gated, public WriteWeighted {
  public:
   explicit InfiniAttention(const LayerSettings& settings);
 
@@ -30,13 +31,14 @@ class InfiniAttention final : public Mixer, public Gated {
   std::unique_ptr<State> make_state(std::int64_t sequences) const override;
   std::string path(at::Device device) const override;
 
-  // How often each token of the following calls is written, [B, T] of their shape; undefined: once.
-  void set_write_weight(const at::Tensor& weight_BT) { write_weight_ = weight_BT; }
+  void set_write_weight(const at::Tensor& weight_BT) override { write_weight_ = weight_BT; }
   at::Tensor gate_values() const override;
   const LayerSettings& settings() const { return settings_; }
 
  private:
   void check(const at::Tensor& x_BTD, const Sequences& sequences, const State* state) const;
+  at::Tensor mix_fresh(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                       const std::vector<std::int64_t>& offsets) const;
 
   LayerSettings settings_;
   std::shared_ptr<Linear> q_proj_, k_proj_, v_proj_, o_proj_;

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "core/settings.h"
+#include "kernels/attention_shapes.h"
 
 namespace everlong::infini {
 namespace {

@@ -3,6 +3,7 @@
 
 #include "mechanisms/infini/op_call.h"
 #include "mechanisms/infini/op_cpu.h"
+#include "ops/attention_refusals.h"
 #include "ops/reference_call.h"
 
 namespace everlong::infini {
@@ -141,56 +142,36 @@ class InfiniOperator final : public Operator {
   }
 
   std::vector<std::pair<std::string, OpCall>> refusals() const override {
-    std::vector<std::pair<std::string, OpCall>> list;
-    const auto add = [&](const char* name, const OpShape& shape, auto&& change) {
-      OpCall call = sample(shape);
-      change(call);
-      list.emplace_back(name, std::move(call));
-    };
-    const OpShape plain{.tokens = 6, .heads = 4, .kv_heads = 2},
-        packed{.tokens = 6, .cu_seqlens = {0, 2, 6}}, carried{.tokens = 6, .initial_state = true};
-    add("heads_not_a_multiple", plain,
-        [](OpCall& c) { c.inputs["q"] = c.inputs["q"].narrow(2, 0, 3); });
-    add("key_dims_differ", plain, [](OpCall& c) { c.inputs["q"] = c.inputs["q"].narrow(3, 0, 8); });
-    add("tokens_differ", plain, [](OpCall& c) { c.inputs["k"] = c.inputs["k"].narrow(1, 0, 5); });
-    add("three_dimensions", plain, [](OpCall& c) { c.inputs["v"] = c.inputs["v"].select(0, 0); });
-    add("mixed_dtypes", plain, [](OpCall& c) { c.inputs["k"] = c.inputs["k"].to(at::kFloat); });
-    add("integers", plain, [](OpCall& c) {
-      for (auto& [name, x] : c.inputs) x = x.to(at::kLong);
+    AttentionRefusals list(*this);
+    list.add("weights_of_another_length", list.plain, [](OpCall& c) {
+      c.inputs["write_weight"] = c.inputs["write_weight"].narrow(1, 0, 5);
     });
-    add("input_missing", plain, [](OpCall& c) { c.inputs.erase("v"); });
-    add("input_unknown", plain, [](OpCall& c) { c.inputs["slope"] = c.inputs["q"]; });
-    add("weights_of_another_length", plain,
-        [](OpCall& c) { c.inputs["write_weight"] = c.inputs["write_weight"].narrow(1, 0, 5); });
-    add("param_unknown", plain, [](OpCall& c) { c.params["segmnt"] = 3; });
-    add("segment_zero", plain, [](OpCall& c) { c.params["segment"] = 0; });
-    add("segment_fraction", plain, [](OpCall& c) { c.params["segment"] = 2.5; });
-    add("rule_unknown", plain, [](OpCall& c) { c.params["update"] = "gradient"; });
-    add("armt_with_the_linear_rule", plain, [](OpCall& c) { c.params["delta_z"] = "armt"; });
-    add("state_announced_but_absent", plain, [](OpCall& c) { c.params["state_in"] = true; });
+    list.add("param_unknown", list.plain, [](OpCall& c) { c.params["segmnt"] = 3; });
+    list.add("segment_zero", list.plain, [](OpCall& c) { c.params["segment"] = 0; });
+    list.add("segment_fraction", list.plain, [](OpCall& c) { c.params["segment"] = 2.5; });
+    list.add("rule_unknown", list.plain, [](OpCall& c) { c.params["update"] = "gradient"; });
+    list.add("armt_with_the_linear_rule", list.plain,
+             [](OpCall& c) { c.params["delta_z"] = "armt"; });
+    list.add("state_announced_but_absent", list.plain,
+             [](OpCall& c) { c.params["state_in"] = true; });
     if (!memory_only_) {
-      add("gates_of_another_count", plain,
-          [](OpCall& c) { c.inputs["beta"] = c.inputs["beta"].narrow(0, 0, 3); });
-      add("rope_over_an_odd_dim", {.tokens = 6, .key_dim = 5}, [](OpCall&) {});
-      add("memory_with_positions", plain, [](OpCall& c) { c.params["mem_pe"] = "rope"; });
-      add("scale_zero", plain, [](OpCall& c) { c.params["softmax_scale"] = 0; });
+      list.add("gates_of_another_count", list.plain,
+               [](OpCall& c) { c.inputs["beta"] = c.inputs["beta"].narrow(0, 0, 3); });
+      list.add("rope_over_an_odd_dim", {.tokens = 6, .key_dim = 5}, [](OpCall&) {});
+      list.add("memory_with_positions", list.plain, [](OpCall& c) { c.params["mem_pe"] = "rope"; });
+      list.add("scale_zero", list.plain, [](OpCall& c) { c.params["softmax_scale"] = 0; });
     }
-    add("offsets_fall", packed, [](OpCall& c) { c.cu_seqlens = {0, 4, 2, 6}; });
-    add("offsets_past_the_end", packed, [](OpCall& c) { c.cu_seqlens = {0, 2, 7}; });
-    add("state_of_another_batch", carried, [this](OpCall& c) {
-      c.state = sample({.batch = 2, .tokens = 6, .initial_state = true}).state;
-    });
-    add("state_of_another_width", carried,
-        [](OpCall& c) { c.state["M"] = c.state["M"].narrow(3, 0, 8); });
-    add("state_of_another_dtype", carried,
-        [](OpCall& c) { c.state["z"] = c.state["z"].to(at::kFloat); });
-    add("state_incomplete", carried, [](OpCall& c) { c.state.erase("position"); });
-    add("state_without_its_mass", carried, [](OpCall& c) { c.state.erase("z"); });
-    add("state_position_past_its_rows", carried,
-        [](OpCall& c) { c.state["position"] = c.state["position"] + 9; });
-    add("state_position_negative", carried,
-        [](OpCall& c) { c.state["position"] = c.state["position"] * 0 - 1; });
-    return list;
+    list.add("state_of_another_width", list.carried,
+             [](OpCall& c) { c.state["M"] = c.state["M"].narrow(3, 0, 8); });
+    list.add("state_of_another_dtype", list.carried,
+             [](OpCall& c) { c.state["z"] = c.state["z"].to(at::kFloat); });
+    list.add("state_incomplete", list.carried, [](OpCall& c) { c.state.erase("position"); });
+    list.add("state_without_its_mass", list.carried, [](OpCall& c) { c.state.erase("z"); });
+    list.add("state_position_past_its_rows", list.carried,
+             [](OpCall& c) { c.state["position"] = c.state["position"] + 9; });
+    list.add("state_position_negative", list.carried,
+             [](OpCall& c) { c.state["position"] = c.state["position"] * 0 - 1; });
+    return std::move(list).take();
   }
 
   // Local pairs cost 2 (K + V) flops each forward, reading and writing the memory 2 K V each (and

@@ -4,14 +4,9 @@
 #include <cmath>
 
 #include "core/offsets.h"
+#include "kernels/attention_shapes.h"
 
 namespace everlong::infini {
-
-std::string brackets(Shape shape) {
-  std::vector<std::string> sizes;
-  for (const auto size : shape) sizes.push_back(cat(size));
-  return cat("[", join(sizes, ", "), "]");
-}
 
 void read_common(Settings& s, Options& o) {
   o.update = s.choice("update", "linear", {"linear", "delta"}) == "delta" ? Update::kDelta

@@ -73,7 +73,6 @@ struct Params {
 };
 
 using Shape = std::span<const std::int64_t>;
-std::string brackets(Shape shape);
 
 // Fills the sizes from the shapes of q [B,T,H,K], k [B,T,G,K], v [B,T,G,V]; refuses what does not
 // fit.
