@@ -3,6 +3,7 @@
 #include "cli/commands.h"
 #include "cli/shared_options.h"
 #include "cli/terminal.h"
+#include "core/json_lines.h"
 #include "core/text.h"
 #include "train/loop.h"
 
@@ -12,11 +13,24 @@ namespace {
 struct TrainCommand {
   std::string file, out;
   std::vector<std::string> settings;
-  bool json = false, show = false;
+  bool json = false, show = false, resume = false, restart = false;
+
+  // A run folder stands for the run.toml in it, and is then where the run goes.
+  Result<RunFile> read() const {
+    const bool folder = fs::is_directory(file);
+    EVERLONG_ASSIGN(auto run_file,
+                    RunFile::read(folder ? fs::path(file) / "run.toml" : fs::path(file), settings));
+    if (folder) run_file.out.folder = file;
+    if (!out.empty()) run_file.out.folder = out;
+    return run_file;
+  }
 
   Status run() const {
-    EVERLONG_ASSIGN(auto run_file, RunFile::read(file, settings));
-    if (!out.empty()) run_file.out.folder = out;
+    if (resume && restart)
+      return invalid_argument(
+          "--resume and --restart exclude each other: one goes on with the run in the folder, the "
+          "other removes it");
+    EVERLONG_ASSIGN(const auto run_file, read());
     if (show) {
       print(run_file.to_toml());
       return {};
@@ -25,9 +39,13 @@ struct TrainCommand {
     EVERLONG_ASSIGN(const auto place, place_options.resolve());
     note(cat(run_file.name, " -> ", run_file.out.folder, ", on ", place.device.str()));
     catch_signals();
-    EVERLONG_ASSIGN(
-        const auto report,
-        train(run_file, {.interrupted = [] { return caught_signal() != 0; }, .after_step = {}}));
+    const TrainHooks hooks{.interrupted = [] { return caught_signal() != 0; },
+                           .after_step = {},
+                           .note = [](const std::string& line) { note(line); }};
+    EVERLONG_ASSIGN(const auto report, train(run_file, hooks,
+                                             resume    ? RunStart::kResume
+                                             : restart ? RunStart::kRestart
+                                                       : RunStart::kNew));
     nlohmann::ordered_json object = {{"model", report.model_folder.string()},
                                      {"parameters", report.parameters},
                                      {"steps", report.steps},
@@ -43,7 +61,7 @@ struct TrainCommand {
     }
     object.update(describe(place));
     EVERLONG_RETURN_IF_ERROR(
-        write_file(fs::path(run_file.out.folder) / "train.json", object.dump() + "\n"));
+        write_file(fs::path(run_file.out.folder) / "train.json", checked_json_line(object)));
     if (json) {
       print_json(object);
       return {};
@@ -70,18 +88,33 @@ void add_train(Command& program) {
                                      "Trains a model as a run file says: model, data, optimiser "
                                      "and schedule in TOML. Writes the run folder: run.toml "
                                      "(every setting, defaults included), log.jsonl (a line a "
-                                     "step), train.json and the model. Ctrl-C saves the model "
-                                     "and stops; twice stops at once.");
-  train.positional("RUN.toml", command.file, true, "run file; recipes/ holds some");
+                                     "step), events for TensorBoard, checkpoints, train.json and "
+                                     "the model.\n\nCtrl-C (or SIGTERM) saves and stops; twice "
+                                     "stops at once. --resume goes on from the newest checkpoint, "
+                                     "also after a crash, to the same losses bit for bit on a CPU: "
+                                     "train.save_every and train.save_seconds say how much a "
+                                     "crash can cost.");
+  train.positional("RUN.toml", command.file, true,
+                   "run file (recipes/ holds some), or a run folder: the run.toml in it");
   train.option("--set KEY=VALUE", command.settings,
                "override one setting, e.g. train.steps=100; may be repeated");
   train.option("-o,--out DIR", command.out, "run folder, instead of the file's out.folder");
+  train.flag(
+      "--resume", command.resume,
+      "go on with the run in the folder; where it has no checkpoint, begin. A script that is "
+      "killed and started again can always say it");
+  train.flag("--restart", command.restart,
+             "begin anew where the folder holds a run that stopped before its end, and remove its "
+             "checkpoints");
   train.flag("--show", command.show, "print the run with all its settings and stop");
   train.flag("--json", command.json, "print one JSON object at the end");
   train.example("everlong train recipes/lightning_demo.toml");
   train.example(
       "everlong train recipes/lightning_demo.toml --set train.steps=50 --set "
       "train.learning_rate=1e-3 --out runs/try");
+  train.example("everlong train runs/try --resume", "go on after Ctrl-C or a crash");
+  train.example("everlong train runs/try --resume --set train.steps=100",
+                "or longer than was planned: what differs is said");
   train.example("everlong train recipes/lightning_demo.toml --show", "all settings that there are");
   train.run([] { return command.run(); });
 }

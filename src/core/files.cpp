@@ -19,6 +19,20 @@ Status failed(std::string_view what, const fs::path& path) {
   return {code, cat(path.string(), ": cannot ", what, ": ", std::strerror(error))};
 }
 
+// Writing goes to a temporary, so the target never changes when it fails.
+Status write_failed(const fs::path& target) {
+  const int error = errno;
+  const fs::path folder = target.has_parent_path() ? target.parent_path() : fs::path(".");
+  std::error_code ignored;
+  if (error == ENOENT && !fs::exists(folder, ignored))
+    return not_found(target.string(), ": cannot write: there is no folder ", folder.string(),
+                     "; make it first");
+  const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
+  return io_error(target.string(), ": cannot write: ", std::strerror(error),
+                  fs::exists(target, ignored) ? "; the file is as it was" : "; nothing was written",
+                  full ? ". Make room, or write elsewhere" : "");
+}
+
 }  // namespace
 
 AtomicFile::AtomicFile(fs::path target, fs::path temporary, int descriptor)
@@ -39,7 +53,7 @@ Result<AtomicFile> AtomicFile::create(const fs::path& path) {
   fs::path temporary = path;
   temporary += cat(".tmp.", ::getpid());
   const int descriptor = ::open(temporary.c_str(), O_CREAT | O_TRUNC | O_WRONLY | O_CLOEXEC, 0644);
-  if (descriptor < 0) return failed("create", temporary);
+  if (descriptor < 0) return write_failed(path);
   return AtomicFile(path, std::move(temporary), descriptor);
 }
 
@@ -48,7 +62,7 @@ Status AtomicFile::write(std::span<const std::byte> bytes) {
     const ::ssize_t written = ::write(descriptor_, bytes.data(), bytes.size());
     if (written < 0) {
       if (errno == EINTR) continue;
-      return failed("write", temporary_);
+      return write_failed(target_);
     }
     bytes = bytes.subspan(static_cast<std::size_t>(written));
   }
@@ -56,9 +70,9 @@ Status AtomicFile::write(std::span<const std::byte> bytes) {
 }
 
 Status AtomicFile::commit() {
-  if (::fsync(descriptor_) != 0) return failed("sync", temporary_);
+  if (::fsync(descriptor_) != 0) return write_failed(target_);
   if (::close(std::exchange(descriptor_, -1)) != 0) {
-    const Status status = failed("close", temporary_);
+    const Status status = write_failed(target_);
     ::unlink(temporary_.c_str());
     return status;
   }

@@ -52,8 +52,10 @@ double Settings::number(const std::string& key, double fallback, double min, dou
   if (value == nullptr) return fallback;
   const double given = value->is_number() ? value->get<double>() : std::nan("");
   if (given >= min && given <= max) return given;
-  fail(invalid_argument(key, " = ", value->dump(), " is not allowed; a number from ", min, " to ",
-                        max, " is needed"));
+  // JSON has no word for nan and inf, which TOML can say.
+  fail(invalid_argument(key, " = ",
+                        value->is_number_float() ? cat(value->get<double>()) : value->dump(),
+                        " is not allowed; a number from ", min, " to ", max, " is needed"));
   return fallback;
 }
 

@@ -28,6 +28,9 @@ TEST(Text, NearestGuessesTyposAndStaysSilentOnStrangers) {
   EXPECT_EQ(nearest("lighting", names), "lightning");
   EXPECT_EQ(nearest("sofmax", names), "softmax");
   EXPECT_EQ(nearest("bidirectional", names), "");
+  const std::vector<std::string> short_names = {"train", "stream", "data"};
+  EXPECT_EQ(nearest("trian", short_names), "train") << "two letters exchanged are one slip";
+  EXPECT_EQ(nearest("trifle", short_names), "");
 }
 
 TEST(Text, HumanFormsReadAsPeopleWriteThem) {

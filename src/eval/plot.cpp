@@ -16,6 +16,7 @@ constexpr double kTitleHeight = 30, kLegendHeight = 20;
 constexpr double kCharacter =
     6.6;  // width of a 12 px letter: there is no text measuring without a browser
 constexpr std::size_t kMostPoints = 700;  // more than one a pixel only makes the file larger
+constexpr std::size_t kColors = 8;        // of plot_style(); then they come again
 
 struct Range {
   double low = std::numeric_limits<double>::infinity(),
@@ -112,9 +113,9 @@ std::string curve(const Series& series, std::size_t index, const Axis& x, const 
     pen_down = true;
     if (series.markers)
       dots += cat("<circle cx=\"", fixed(x.at(px), 1), "\" cy=\"", fixed(y.at(py), 1),
-                  "\" r=\"3.5\" class=\"f", index % 4, "\"/>");
+                  "\" r=\"3.5\" class=\"f", index % kColors, "\"/>");
   }
-  return cat("<path d=\"", path, "\" class=\"c", index % 4, "\"/>", dots);
+  return cat("<path d=\"", path, "\" class=\"c", index % kColors, "\"/>", dots);
 }
 
 // Names at the right end of their lines; those that would touch are moved apart downwards.
@@ -139,7 +140,7 @@ std::string legend(const std::vector<Series>& series) {
   for (std::size_t i = 0; i < series.size(); ++i) {
     const double y = kTitleHeight + 8;
     out += cat("<rect x=\"", fixed(x, 1), "\" y=\"", fixed(y - 5, 1),
-               "\" width=\"14\" height=\"4\" rx=\"2\" class=\"f", i % 4, "\"/>");
+               "\" width=\"14\" height=\"4\" rx=\"2\" class=\"f", i % kColors, "\"/>");
     out += text(x + 20, y + 1, "start", "note", series[i].name);
     x += 44 + kCharacter * static_cast<double>(series[i].name.size());
   }
@@ -266,10 +267,12 @@ std::string_view plot_style() {
   return R"(
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --soft: #59636e;
   --rule: #e4e8ec; --axis: #8c959f;
-  --c0: #0b62c4; --c1: #d1580b; --c2: #1a7f37; --c3: #8250df; }
+  --c0: #0b62c4; --c1: #d1580b; --c2: #1a7f37; --c3: #8250df;
+  --c4: #b3246f; --c5: #0f7d84; --c6: #7a5c00; --c7: #57606a; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --ink: #e6e9ec; --soft: #9aa4ae;
   --rule: #2b3138; --axis: #6b7580;
-  --c0: #6cb0ff; --c1: #f5a04f; --c2: #56d072; --c3: #bc8cff; } }
+  --c0: #6cb0ff; --c1: #f5a04f; --c2: #56d072; --c3: #bc8cff;
+  --c4: #ff85c0; --c5: #4fd1d9; --c6: #e3c34a; --c7: #aab4be; } }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); }
 svg .title { font-size: 14px; font-weight: 600; }
@@ -283,10 +286,18 @@ svg .c0 { stroke: var(--c0); }
 svg .c1 { stroke: var(--c1); }
 svg .c2 { stroke: var(--c2); }
 svg .c3 { stroke: var(--c3); }
+svg .c4 { stroke: var(--c4); }
+svg .c5 { stroke: var(--c5); }
+svg .c6 { stroke: var(--c6); }
+svg .c7 { stroke: var(--c7); }
 svg .f0 { fill: var(--c0); }
 svg .f1 { fill: var(--c1); }
 svg .f2 { fill: var(--c2); }
 svg .f3 { fill: var(--c3); }
+svg .f4 { fill: var(--c4); }
+svg .f5 { fill: var(--c5); }
+svg .f6 { fill: var(--c6); }
+svg .f7 { fill: var(--c7); }
 svg .empty { fill: none; stroke: var(--rule); }
 svg .cell { font-variant-numeric: tabular-nums; }
 )";

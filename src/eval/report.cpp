@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <nlohmann/json.hpp>
-#include <optional>
 
 #include "core/text.h"
 #include "eval/page.h"
 #include "eval/plot.h"
+#include "eval/report_run.h"
 #include "eval/retrieval_page.h"
 
 namespace everlong {
@@ -16,77 +15,13 @@ namespace {
 
 using nlohmann::ordered_json;
 
-constexpr std::size_t kMostLogBytes = std::size_t{1} << 30;
-
-// Null when the file is not there: a report shows what there is.
-Result<ordered_json> read_optional(const fs::path& path) {
-  const auto text = read_file(path);
-  if (text.status().code() == StatusCode::kNotFound) return ordered_json();
-  if (!text.ok()) return text.status();
-  auto value = ordered_json::parse(*text, nullptr, /*allow_exceptions=*/false);
-  if (value.is_discarded()) return corrupt(path.string(), ": is not JSON; make it again");
-  return value;
-}
-
-std::string word(const ordered_json& object, const char* key) {
-  return object.is_object() && object.contains(key) && object.at(key).is_string()
-             ? object.at(key).get<std::string>()
-             : "";
-}
-
-const ordered_json& list(const ordered_json& object, const char* key) {
-  static const ordered_json kEmpty = ordered_json::array();
-  return object.is_object() && object.contains(key) && object.at(key).is_array() ? object.at(key)
-                                                                                 : kEmpty;
-}
-
-std::string whole(double value) {
-  return with_commas(static_cast<std::int64_t>(std::llround(value)));
-}
-
-struct Run {
-  fs::path folder;
-  std::vector<ordered_json> log;
-  ordered_json config, train, baselines, perplexity, streaming, passkey, sample;
-};
-
-Result<Run> read_run(const fs::path& folder) {
-  Run run;
-  run.folder = folder;
-  const auto log = read_file(folder / kLogFile, kMostLogBytes);
-  if (!log.ok())
-    return log.status().at(cat(folder.string(),
-                               ": no training log, so this is not a run folder; make one with: "
-                               "everlong train RUN.toml --out ",
-                               folder.string()));
-  std::istringstream lines(*log);
-  for (std::string line; std::getline(lines, line);)
-    if (auto entry = ordered_json::parse(line, nullptr, false); entry.is_object())
-      run.log.push_back(std::move(entry));
-  EVERLONG_ASSIGN(run.config, read_optional(folder / "model" / "config.json"));
-  EVERLONG_ASSIGN(run.train, read_optional(folder / kTrainFile));
-  EVERLONG_ASSIGN(run.baselines, read_optional(folder / kBaselinesFile));
-  EVERLONG_ASSIGN(run.perplexity, read_optional(folder / kPerplexityFile));
-  EVERLONG_ASSIGN(run.streaming, read_optional(folder / kStreamingFile));
-  EVERLONG_ASSIGN(run.passkey, read_optional(folder / kPasskeyFile));
-  EVERLONG_ASSIGN(run.sample, read_optional(folder / kSampleFile));
-  return run;
-}
-
-// Bits per byte of the model on held-out text: of the stream when it was scored, else of the
-// perplexity run.
-double model_bits(const Run& run) {
-  const double streamed = number(run.streaming, "bits_per_byte");
-  return std::isfinite(streamed) ? streamed : number(run.perplexity, "bits_per_byte");
-}
-
 struct Bar {
   std::string name;
   double bits;
   bool ours;
 };
 
-std::vector<Bar> bars(const Run& run) {
+std::vector<Bar> bars(const MeasuredRun& run) {
   std::vector<Bar> out;
   for (const auto& entry : list(run.baselines, "baselines"))
     if (const double bits = number(entry, "bits_per_byte"); std::isfinite(bits))
@@ -97,11 +32,7 @@ std::vector<Bar> bars(const Run& run) {
   return out;
 }
 
-std::string figure(const Plot& plot, std::string_view caption) {
-  return cat("<figure>", svg(plot), "<figcaption>", caption, "</figcaption></figure>\n");
-}
-
-std::string bits_table(const Run& run) {
+std::string bits_table(const MeasuredRun& run) {
   const auto all = bars(run);
   if (all.empty()) return "";
   std::string out = "<h2>Held-out text, bits per byte</h2>\n<div class=\"bars\">";
@@ -115,7 +46,7 @@ std::string bits_table(const Run& run) {
          "bytes.</p>\n";
 }
 
-std::string loss_figure(const Run& run) {
+std::string loss_figure(const MeasuredRun& run) {
   Plot plot{.title = "Loss", .x_label = "step", .y_label = "nats per token"};
   Series train{.name = "training"}, valid{.name = "held out", .markers = true};
   for (const auto& entry : run.log) {
@@ -129,7 +60,7 @@ std::string loss_figure(const Run& run) {
   return figure(plot, "Mean loss of the steps, and of held-out text read as one stream.");
 }
 
-std::string position_figure(const Run& run) {
+std::string position_figure(const MeasuredRun& run) {
   const bool streamed = !list(run.streaming, "buckets").empty();
   const auto& buckets = list(streamed ? run.streaming : run.perplexity, "buckets");
   if (buckets.empty()) return "";
@@ -155,7 +86,7 @@ std::string position_figure(const Run& run) {
       "the right: the stream may go on. How hard the text is differs from bucket to bucket.");
 }
 
-std::string streaming_figures(const Run& run) {
+std::string streaming_figures(const MeasuredRun& run) {
   const auto& windows = list(run.streaming, "windows");
   if (windows.empty()) return "";
   Series observed{.name = "as it streamed"}, timed{.name = "timed at the marks", .markers = true};
@@ -201,7 +132,7 @@ std::string streaming_figures(const Run& run) {
                 "layers grow.");
 }
 
-std::string marks_table(const Run& run) {
+std::string marks_table(const MeasuredRun& run) {
   const auto& marks = list(run.streaming, "marks");
   if (marks.empty()) return "";
   std::string out =
@@ -216,7 +147,7 @@ std::string marks_table(const Run& run) {
   return out + "</table>\n";
 }
 
-std::string passkey_figure(const Run& run) {
+std::string passkey_figure(const MeasuredRun& run) {
   if (!run.passkey.is_object()) return "";
   return cat(
       "<figure>", retrieval_map(run.passkey, false),
@@ -225,7 +156,7 @@ std::string passkey_figure(const Run& run) {
       "</figure>\n");
 }
 
-std::string sample_section(const Run& run) {
+std::string sample_section(const MeasuredRun& run) {
   if (word(run.sample, "text").empty()) return "";
   return cat("<h2>A continuation</h2>\n<p>The model's own words at temperature ",
              fixed(number(run.sample, "temperature"), 1), "; the prompt is in bold.</p>\n<pre><b>",
@@ -233,19 +164,7 @@ std::string sample_section(const Run& run) {
              "</pre>\n");
 }
 
-std::string layers_text(const ordered_json& config) {
-  std::vector<std::pair<std::string, int>> runs;
-  for (const auto& layer : list(config, "layer_types")) {
-    const std::string name = layer.is_string() ? layer.get<std::string>() : "?";
-    if (runs.empty() || runs.back().first != name) runs.emplace_back(name, 0);
-    ++runs.back().second;
-  }
-  std::string out;
-  for (const auto& [name, count] : runs) out += cat(out.empty() ? "" : ", ", count, " × ", name);
-  return out;
-}
-
-std::string facts(const Run& run) {
+std::string facts(const MeasuredRun& run) {
   std::string out = "<h2>About this run</h2>\n<table class=\"facts\">";
   const auto add = [&](const std::string& name, const std::string& value) {
     if (!value.empty()) out += table_row({name, value});
@@ -272,7 +191,7 @@ std::string facts(const Run& run) {
   return out + "</table>\n";
 }
 
-std::string missing(const Run& run) {
+std::string missing(const MeasuredRun& run) {
   std::string out;
   const std::string model = (run.folder / "model").string();
   const auto hint = [&](bool there, const std::string& what, const std::string& command,
@@ -296,21 +215,17 @@ std::string missing(const Run& run) {
 }  // namespace
 
 Result<std::string> render_report(const fs::path& folder) {
-  EVERLONG_ASSIGN(const auto run, read_run(folder));
+  EVERLONG_ASSIGN(const auto run, read_measured_run(folder));
   const std::string title = cat("Everlong: ", fs::path(folder).lexically_normal().string());
   std::string summary = layers_text(run.config);
   if (const double bits = model_bits(run); std::isfinite(bits))
     summary += cat("; ", fixed(bits, 3), " bits per byte on held-out text");
   if (const double tokens = number(run.streaming, "tokens"); std::isfinite(tokens))
     summary += cat("; ", whole(tokens), " tokens in one stream");
-  return cat(
-      "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
-      "content=\"width=device-width, initial-scale=1\">\n<title>",
-      html_escape(title), "</title>\n<style>", plot_style(), page_style(),
-      "</style></head>\n<body>\n<h1>", html_escape(title), "</h1>\n<p>", html_escape(summary),
-      "</p>\n", bits_table(run), marks_table(run), streaming_figures(run), position_figure(run),
-      passkey_figure(run), loss_figure(run), sample_section(run), facts(run), missing(run),
-      "</body></html>\n");
+  return report_page(title, cat("<p>", html_escape(summary), "</p>\n", damaged_lines_text(run),
+                                bits_table(run), marks_table(run), streaming_figures(run),
+                                position_figure(run), passkey_figure(run), loss_figure(run),
+                                sample_section(run), facts(run), missing(run)));
 }
 
 }  // namespace everlong

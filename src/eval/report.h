@@ -1,6 +1,7 @@
 // A training run and what was measured on its model, as one page that opens anywhere.
 #pragma once
 #include <string>
+#include <vector>
 
 #include "core/files.h"
 
@@ -19,5 +20,7 @@ inline constexpr const char* kSampleFile = "sample.json";        // everlong gen
 
 // HTML with inline SVG: no scripts, no links to elsewhere, light and dark.
 Result<std::string> render_report(const fs::path& run_folder);
+// Several runs side by side: figures, curves over the steps, the settings that differ.
+Result<std::string> render_comparison(const std::vector<fs::path>& run_folders);
 
 }  // namespace everlong

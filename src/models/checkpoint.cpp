@@ -32,6 +32,10 @@ Result<nlohmann::json> read_object(const fs::path& path) {
 
 Result<FolderConfig> read_config(const fs::path& folder) {
   const fs::path path = folder / kConfig;
+  std::error_code ignored;
+  if (!fs::exists(path, ignored))
+    return not_found(folder.string(), ": no model here (no config.json); give the folder of a ",
+                     "model, as `everlong train` and `everlong convert` make it");
   EVERLONG_ASSIGN(const auto object, read_object(path));
   const bool published = is_published(object);
   EVERLONG_ASSIGN(auto config, published ? config_from_published(object, path.string())

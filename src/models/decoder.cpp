@@ -8,6 +8,7 @@
 #include "layers/experts.h"
 #include "layers/weights.h"
 #include "mechanisms/mechanism.h"
+#include "models/layer_trace.h"
 #include "models/megalodon_block.h"
 #include "models/module_group.h"
 #include "models/recompute.h"
@@ -201,6 +202,7 @@ at::Tensor Decoder::hidden(const at::Tensor& tokens_BT, const Sequences& sequenc
     marked.marks = tokens_BT.eq(config_.landmark_id).cpu();
   at::Tensor x_BTD = at::embedding(embedding_, tokens_BT);
   if (config_.scale_embedding) x_BTD = x_BTD * std::sqrt(static_cast<double>(config_.hidden_size));
+  LayerTrace::show(-1, x_BTD);
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     State* layer = state == nullptr ? nullptr : &state->layer(i);
     if (checkpointing_ && at::GradMode::is_enabled()) {
@@ -211,6 +213,7 @@ at::Tensor Decoder::hidden(const at::Tensor& tokens_BT, const Sequences& sequenc
     } else {
       x_BTD = blocks_[i]->forward(x_BTD, marked, layer);
     }
+    LayerTrace::show(static_cast<std::int64_t>(i), x_BTD);
   }
   if (time_norm_ != nullptr)
     return time_norm_->forward(x_BTD, sequences,

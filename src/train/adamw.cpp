@@ -93,6 +93,10 @@ void AdamW::step(double lr) {
     }
     at::_foreach_copy_(parameters, masters);
   }
+  // Neither of the two counts as a change in the parameters' versions, by which layers know whether
+  // what they derived from a parameter still belongs to it.
+  for (const auto& slot : slots_)
+    if (slot.gradient.defined()) slot.parameter.unsafeGetTensorImpl()->bump_version();
   clear_gradients();
 }
 

@@ -20,6 +20,19 @@ void expect_close(const at::Tensor& a, const at::Tensor& b, double tolerance) {
             tolerance);
 }
 
+// Layers keep what they derived from a parameter as long as its version is the same.
+TEST(AdamW, UpdateIsANewVersionOfTheParameter) {
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    at::Tensor weight = parameter({3, 4}, dtype);
+    AdamW adamw({{"weight", weight}}, {});
+    weight.mutable_grad() = at::ones_like(weight);
+    adamw.take_gradients();
+    const auto before = weight._version();
+    adamw.step(0.1);
+    EXPECT_GT(weight._version(), before) << dtype;
+  }
+}
+
 TEST(AdamW, FollowsTheTextbookFormula) {
   at::manual_seed(1);
   const AdamWOptions options{.beta1 = 0.8, .beta2 = 0.97, .eps = 1e-6, .weight_decay = 0.3};

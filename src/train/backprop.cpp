@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "layers/write_weighted.h"
 #include "ops/linear_cross_entropy.h"
 
 namespace everlong {
@@ -20,10 +21,10 @@ at::Tensor to_device(const std::vector<std::int32_t>& values, const Batch& batch
   return at::from_blob(data, {batch.rows, batch.tokens}, at::kInt).to(device).to(at::kLong);
 }
 
-// The weights of a batch as fp32 [B, T] on the device; undefined where all are 1.
-at::Tensor weights_on(const Batch& batch, at::Device device) {
-  if (batch.weights.empty()) return {};
-  auto* const data = const_cast<float*>(batch.weights.data());
+// Weights of a batch as fp32 [B, T] on the device; undefined where all are 1.
+at::Tensor weights_on(const std::vector<float>& weights, const Batch& batch, at::Device device) {
+  if (weights.empty()) return {};
+  auto* const data = const_cast<float*>(weights.data());
   return at::from_blob(data, {batch.rows, batch.tokens}, at::kFloat)
       .to(device, at::kFloat, false,
           /*copy=*/true);
@@ -33,6 +34,28 @@ at::Tensor columns(const at::Tensor& values_BT, const SegmentPlan& plan) {
   const at::Tensor part = values_BT.narrow(1, plan.first, plan.tokens);
   return plan.sequences.offsets.empty() ? part : part.reshape({1, -1});
 }
+
+void set_write_weight(Decoder& model, const at::Tensor& weight_BT) {
+  for (std::int64_t i = 0; i < model.config().num_layers(); ++i)
+    if (auto* const layer = dynamic_cast<WriteWeighted*>(&model.mixer(i)))
+      layer->set_write_weight(weight_BT);
+}
+
+// The layers keep the weights of a segment through its backward pass, which may run them again, and
+// forget them at the end of the batch.
+class WritesOfABatch {
+ public:
+  WritesOfABatch(Decoder& model, const at::Tensor& writes_BT)
+      : model_(writes_BT.defined() ? &model : nullptr) {}
+  ~WritesOfABatch() {
+    if (model_ != nullptr) set_write_weight(*model_, {});
+  }
+  WritesOfABatch(const WritesOfABatch&) = delete;
+  WritesOfABatch& operator=(const WritesOfABatch&) = delete;
+
+ private:
+  Decoder* model_;
+};
 
 bool is_identity(const std::vector<std::int64_t>& indices, std::int64_t count) {
   if (static_cast<std::int64_t>(indices.size()) != count) return false;
@@ -87,7 +110,13 @@ ModelState Backprop::entering(const ModelState& carried, const SegmentPlan& plan
                                                       : carried.select(plan.enter);
 }
 
+Backprop::Line Backprop::on_device(const Batch& batch) const {
+  return {to_device(batch.inputs, batch, device_), to_device(batch.targets, batch, device_),
+          weights_on(batch.weights, batch, device_), weights_on(batch.writes, batch, device_)};
+}
+
 at::Tensor Backprop::hidden(const Line& line, const SegmentPlan& plan, ModelState* state) {
+  if (line.writes_BT.defined()) set_write_weight(model_, columns(line.writes_BT, plan));
   return model_.hidden(columns(line.inputs_BT, plan), plan.sequences, state);
 }
 
@@ -102,8 +131,8 @@ at::Tensor Backprop::loss(const Line& line, const SegmentPlan& plan, ModelState*
 
 at::Tensor Backprop::score(const Batch& batch) {
   c10::NoGradGuard no_grad;
-  const Line line{to_device(batch.inputs, batch, device_), to_device(batch.targets, batch, device_),
-                  weights_on(batch, device_)};
+  const Line line = on_device(batch);
+  const WritesOfABatch writes(model_, line.writes_BT);
   if (!carried_ || carried_->sequences() != batch.rows) carried_ = model_.make_state(batch.rows);
   at::Tensor total;
   for (const auto& plan : plan_segments(batch, segment_tokens_)) {
@@ -115,10 +144,20 @@ at::Tensor Backprop::score(const Batch& batch) {
   return total;
 }
 
+Status Backprop::restore_carried(const TensorMap& tensors,
+                                 const std::vector<std::int64_t>& positions) {
+  ModelState state = model_.make_state(static_cast<std::int64_t>(positions.size()));
+  TensorMap here;
+  for (const auto& [name, tensor] : tensors) here[name] = tensor.to(device_);
+  EVERLONG_RETURN_IF_ERROR(state.restore(here, positions));
+  carried_ = std::move(state);
+  return {};
+}
+
 at::Tensor Backprop::run(const Batch& batch, double scale,
                          const std::function<void()>& after_backward) {
-  const Line line{to_device(batch.inputs, batch, device_), to_device(batch.targets, batch, device_),
-                  weights_on(batch, device_)};
+  const Line line = on_device(batch);
+  const WritesOfABatch writes(model_, line.writes_BT);
   const auto plans = plan_segments(batch, carry_ == Carry::kNone ? 0 : segment_tokens_);
   if (carry_ == Carry::kNone) {
     const at::Tensor nll = loss(line, plans.front(), nullptr);

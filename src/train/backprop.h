@@ -55,12 +55,17 @@ class Backprop {
   // State of the rows after the last batch (B sequences); none with kNone and before the first.
   const std::optional<ModelState>& carried() const { return carried_; }
   void reset() { carried_.reset(); }
+  // Goes on from what carried() was: its tensors and positions, on any device. Refused, and nothing
+  // changes, where they do not fit the model.
+  Status restore_carried(const TensorMap& tensors, const std::vector<std::int64_t>& positions);
 
  private:
   struct Line {  // on the device
     at::Tensor inputs_BT, targets_BT;
     at::Tensor weights_BT;  // undefined: 1 each
+    at::Tensor writes_BT;   // what layers/write_weighted.h takes; undefined: once each
   };
+  Line on_device(const Batch& batch) const;
   ModelState entering(const ModelState& carried, const SegmentPlan& plan) const;
   at::Tensor hidden(const Line& line, const SegmentPlan& plan, ModelState* state);
   at::Tensor loss(const Line& line, const SegmentPlan& plan, ModelState* state);

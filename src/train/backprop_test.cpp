@@ -6,6 +6,8 @@
 
 #include <random>
 
+#include "layers/write_weighted.h"
+
 namespace everlong {
 namespace {
 
@@ -24,6 +26,7 @@ std::shared_ptr<Decoder> make_model(const std::vector<std::string>& layers) {
   config.initializer_range = 0.5;
   const nlohmann::json heads = {{"num_heads", 2}, {"head_dim", 8}};
   for (const auto& name : layers) config.mechanisms[name] = heads;
+  if (config.mechanisms.contains("infini")) config.mechanisms["infini"]["segment"] = 3;
   auto model = Decoder::make(config);
   EXPECT_TRUE(model.ok()) << model.status().message();
   (*model)->to(at::kDouble);
@@ -73,6 +76,9 @@ Batch cut(const Batch& whole, std::int64_t row, std::int64_t rows, std::int64_t 
     if (!whole.weights.empty())
       part.weights.insert(part.weights.end(), whole.weights.begin() + from,
                           whole.weights.begin() + from + tokens);
+    if (!whole.writes.empty())
+      part.writes.insert(part.writes.end(), whole.writes.begin() + from,
+                         whole.writes.begin() + from + tokens);
     const bool starts_here =
         std::ranges::find(whole.document_starts, from) != whole.document_starts.end();
     part.row_continues.push_back(continues && !starts_here ? 1 : 0);
@@ -175,6 +181,44 @@ TEST(Backprop, WeightsCountTargetsSoManyTimes) {
   expect_same(run(*model, {cut(weighed, 0, 1, 0, 23, false), cut(weighed, 1, 1, 0, 23, false)},
                   Carry::kNone, 0),
               counted);
+}
+
+// Each token is stored as often as the data say in every way of feeding a row, and the next batch
+// without writes is read as if there had been none.
+TEST(Backprop, WritesReachTheMemoryInEveryWayOfFeeding) {
+  const auto model = make_model({"infini", "infini"});
+  const Batch plain = make_batch(2, 23, 3, {{4, 15}, {16}});
+  Batch written = plain;
+  for (std::size_t i = 0; i < plain.inputs.size(); ++i)
+    written.writes.push_back(static_cast<float>(i % 7) * 5);
+  const auto before = run(*model, {plain}, Carry::kNone, 0);
+  const auto whole = run(*model, {written}, Carry::kNone, 0);
+  EXPECT_GT(difference(before, whole), 1e-3);
+  // What the batch says is what the layers get, all of them.
+  const Batch row = cut(written, 1, 1, 0, 16, false);
+  const at::Tensor targets = at::tensor(row.targets, at::kLong).unsqueeze(1);
+  for (const std::int64_t i : {0, 1})
+    dynamic_cast<WriteWeighted&>(model->mixer(i))
+        .set_write_weight(at::tensor(row.writes, at::kFloat).view({1, 16}));
+  const at::Tensor ids = at::tensor(row.inputs, at::kLong).view({1, 16});
+  const at::Tensor nats = model->logits(model->hidden(ids, {}, nullptr))[0].log_softmax(1).gather(
+      1, targets.clamp_min(0));
+  EXPECT_NEAR(run(*model, {row}, Carry::kNone, 0).loss,
+              -(nats * targets.ne(kNoTarget)).sum().item<double>(), kFp64);
+  const auto separate = run(*model,
+                            {cut(written, 0, 1, 0, 4, false), cut(written, 0, 1, 4, 11, false),
+                             cut(written, 0, 1, 15, 8, false), cut(written, 1, 1, 0, 16, false),
+                             cut(written, 1, 1, 16, 7, false)},
+                            Carry::kNone, 0);
+  expect_same(whole, separate);
+  expect_same(run(*model, {written}, Carry::kExact, 5), whole);
+  model->set_checkpointing(true);
+  expect_same(run(*model, {written}, Carry::kExact, 5), whole);
+  expect_same(run(*model, {written}, Carry::kNone, 0), whole);
+  model->set_checkpointing(false);
+  Backprop scorer(*model, at::kCPU, Carry::kDetached, 0);
+  EXPECT_NEAR(scorer.score(written).item<double>(), whole.loss, kFp64);
+  expect_same(run(*model, {plain}, Carry::kNone, 0), before);
 }
 
 TEST(Backprop, ExactSegmentsContinueTheRowBefore) {

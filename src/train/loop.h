@@ -10,6 +10,13 @@ namespace everlong {
 struct TrainHooks {
   std::function<bool()> interrupted;  // asked after every step; true: save and stop
   std::function<void(const StepReport&)> after_step;
+  std::function<void(const std::string&)> note = {};  // what a person should know
+};
+
+enum class RunStart {
+  kNew,      // refused where the folder holds a run that stopped before its end
+  kResume,   // from the newest checkpoint that can be read; from the first step where there is none
+  kRestart,  // from the first step, whatever the folder holds
 };
 
 struct TrainReport {
@@ -22,9 +29,13 @@ struct TrainReport {
   std::optional<Evaluation> valid;  // after the last step
 };
 
-// Writes OUT/run.toml (the effective run file), OUT/log.jsonl (docs/formats.md) and OUT/model.
-// Fails with kInterrupted, the model saved, when hooks.interrupted says so; on any other failure
-// OUT/model is what the last save left.
-Result<TrainReport> train(const RunFile& run, const TrainHooks& hooks = {});
+// Writes the run folder (docs/formats.md): run.toml (the effective run file), log.jsonl, events for
+// TensorBoard, checkpoints, the model, the best model. One training a folder at a time.
+//
+// A run that goes on gives the same losses, bit for bit on the CPU with as many threads, as one
+// that never stopped. Fails with kInterrupted, checkpoint and model saved, when hooks.interrupted
+// says so; on any other failure, a full disk included, the checkpoints are those of the last save.
+Result<TrainReport> train(const RunFile& run, const TrainHooks& hooks = {},
+                          RunStart start = RunStart::kNew);
 
 }  // namespace everlong

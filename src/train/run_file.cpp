@@ -50,7 +50,11 @@ void visit(Run& run, Visitor& v) {
   v.integer("eval_every", run.train.eval_every, 0, kMaxCount);
   v.integer("eval_tokens", run.train.eval_tokens, 0, kMaxCount);
   v.integer("save_every", run.train.save_every, 0, kMaxCount);
+  v.number("save_seconds", run.train.save_seconds, 0, 1e9);
+  v.integer("keep_checkpoints", run.train.keep_checkpoints, 0, 1 << 20);
+  v.boolean("keep_best", run.train.keep_best);
   v.integer("log_every", run.train.log_every, 1, kMaxCount);
+  v.boolean("tensorboard", run.train.tensorboard);
   v.section("out");
   v.text("folder", run.out.folder);
 }
@@ -141,8 +145,11 @@ class Reader {
   void fail(const std::string& key, const json& given, const std::string& allowed) {
     if (!first_error_.ok()) return;
     const std::string path = cat(section_, ".", key);
-    first_error_ = invalid_argument(document_.place(path), ": ", path, " = ", given.dump(),
-                                    " is not allowed; ", allowed);
+    first_error_ =
+        invalid_argument(document_.place(path), ": ", path, " = ",
+                         // JSON has no word for nan and inf, which TOML can say
+                         given.is_number_float() ? cat(given.get<double>()) : given.dump(),
+                         " is not allowed; ", allowed);
   }
 
   const TomlDocument& document_;
@@ -308,6 +315,41 @@ Result<RunFile> RunFile::parse(std::string_view toml, const std::string& name,
 Result<RunFile> RunFile::read(const fs::path& path, const std::vector<std::string>& overrides) {
   EVERLONG_ASSIGN(const auto text, read_file(path, std::size_t{1} << 20));
   return parse(text, path.string(), overrides);
+}
+
+std::vector<SettingChange> changes(const RunFile& before, const RunFile& after) {
+  static constexpr std::string_view kFixed[] = {
+      "model.",     "data.packing", "data.row_tokens",  "data.rows",
+      "train.seed", "train.dtype",  "train.from_model",
+  };
+  const auto flat = [](const RunFile& run) {
+    std::map<std::string, std::string> settings;
+    const auto document = TomlDocument::parse(run.to_toml(), run.name, {});
+    if (!document.ok()) return settings;  // cannot be: to_toml() writes what parse() reads
+    const json leaves = document->root().flatten();
+    for (const auto& [pointer, value] : leaves.items()) {
+      std::string key = pointer.substr(1);
+      std::ranges::replace(key, '/', '.');
+      if (key != "out.folder") settings[key] = value.dump();
+    }
+    return settings;
+  };
+  const auto was = flat(before), is = flat(after);
+  std::map<std::string, SettingChange> differing;
+  for (const auto& [key, value] : was) differing[key] = {key, value, ""};
+  for (const auto& [key, value] : is) {
+    auto& change = differing[key];
+    change.key = key;
+    change.after = value;
+  }
+  std::vector<SettingChange> result;
+  for (auto& [key, change] : differing) {
+    if (change.before == change.after) continue;
+    change.allowed = std::ranges::none_of(
+        kFixed, [&](std::string_view fixed) { return change.key.starts_with(fixed); });
+    result.push_back(std::move(change));
+  }
+  return result;
 }
 
 std::string RunFile::to_toml() const {

@@ -49,8 +49,14 @@ struct TrainSettings {
       0;  // the run ends, its schedule finished, after this time; 0: by steps alone
   std::int64_t eval_every = 0;       // steps; 0: after the last step only
   std::int64_t eval_tokens = 65536;  // of the validation split; 0: none
-  std::int64_t save_every = 0;       // steps; 0: at the end only
+  // The model, and a checkpoint from which the run can go on: after so many steps, and so many
+  // seconds after the last one; 0: not for that reason. At the end always.
+  std::int64_t save_every = 0;
+  double save_seconds = 600;
+  std::int64_t keep_checkpoints = 2;  // the newest; 0: none are written
+  bool keep_best = true;  // the model with the lowest loss of all evaluations, where eval_every > 0
   std::int64_t log_every = 1;
+  bool tensorboard = true;  // events for TensorBoard in the run folder
 };
 
 struct OutSettings {
@@ -73,6 +79,15 @@ struct RunFile {
   // All values, defaults included; parse() reads it back to the same run.
   std::string to_toml() const;
 };
+
+// Settings that differ between two runs, out.folder aside: "train.steps", and their values as TOML
+// has them ("" where a run has no such setting).
+struct SettingChange {
+  std::string key, before, after;
+  // Whether a run may go on under this change: it reads the same batches into the same tensors.
+  bool allowed = true;
+};
+std::vector<SettingChange> changes(const RunFile& before, const RunFile& after);
 
 // "lightning*3,softmax" repeated until it fills `layers` layers.
 Result<std::vector<std::string>> expand_layer_pattern(const std::string& pattern,

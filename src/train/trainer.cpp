@@ -5,11 +5,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 #include <numbers>
 
 #include "data/tokenizer.h"
+#include "layers/write_weighted.h"
 #include "models/checkpoint.h"
 #include "ops/runtime.h"
+#include "train/checkpoint_file.h"
+#include "train/divergence.h"
 
 namespace everlong {
 namespace {
@@ -28,11 +32,30 @@ Schedule make_schedule(const TrainSettings& train) {
           .max_seconds = train.max_seconds};
 }
 
+// Data that say how often memories store each token need layers that can do so, all of them.
+Status check_takes_writes(const SplitView& split, const Decoder& model, const std::string& path) {
+  if (!split.has_writes()) return {};
+  for (std::int64_t i = 0; i < model.config().num_layers(); ++i)
+    if (dynamic_cast<const WriteWeighted*>(&model.mixer(i)) == nullptr)
+      return unsupported(path,
+                         " says how often a memory stores each token (--write-multiplicity), ",
+                         "which layer ", i, ", mechanism \"",
+                         model.config().layer_types[static_cast<std::size_t>(i)],
+                         "\", cannot take; use layers that can (infini), or make the data without");
+  return {};
+}
+
 }  // namespace
 
-Status Trainer::build_model(const TokenDataset& dataset) {
+Status Trainer::build_model(const TokenDataset& dataset, const TensorFile* snapshot) {
   const auto& train = run_.train;
-  if (train.from_model.empty()) {
+  if (snapshot != nullptr) {
+    // The folder of train.from_model may be gone by now, and its weights are not needed.
+    EVERLONG_ASSIGN(const auto text, metadata_entry(*snapshot, "config"));
+    const auto object = nlohmann::json::parse(text, nullptr, /*allow_exceptions=*/false);
+    EVERLONG_ASSIGN(const auto config, ModelConfig::from_json(object, "metadata config"));
+    EVERLONG_ASSIGN(model_, Decoder::make(config));
+  } else if (train.from_model.empty()) {
     EVERLONG_ASSIGN(model_, Decoder::make(run_.model));
   } else {
     EVERLONG_ASSIGN(model_, load_model(train.from_model, at::kCPU, at::kFloat));
@@ -55,7 +78,7 @@ Status Trainer::build_model(const TokenDataset& dataset) {
   return {};
 }
 
-Result<std::unique_ptr<Trainer>> Trainer::make(const RunFile& run) {
+Result<std::unique_ptr<Trainer>> Trainer::make(const RunFile& run, const TensorFile* snapshot) {
   EVERLONG_RETURN_IF_ERROR(set_threads(run.train.threads));
   EVERLONG_ASSIGN(const auto device, pick_device(run.train.device));
   EVERLONG_ASSIGN(const auto dtype, pick_dtype(run.train.dtype, device));
@@ -65,7 +88,8 @@ Result<std::unique_ptr<Trainer>> Trainer::make(const RunFile& run) {
   std::unique_ptr<Trainer> trainer(new Trainer(run, device, dtype));
   const auto seed = static_cast<std::uint64_t>(run.train.seed);
   at::manual_seed(seed);
-  EVERLONG_RETURN_IF_ERROR(trainer->build_model(dataset));
+  EVERLONG_RETURN_IF_ERROR(trainer->build_model(dataset, snapshot));
+  EVERLONG_RETURN_IF_ERROR(check_takes_writes(split, *trainer->model_, run.data.path));
   EVERLONG_ASSIGN(const auto packing, packing_from_name(run.data.packing));
   EVERLONG_ASSIGN(auto reader, BatchReader::create(split, {.rows = run.data.rows,
                                                            .row_tokens = run.data.row_tokens,
@@ -87,6 +111,9 @@ Result<std::unique_ptr<Trainer>> Trainer::make(const RunFile& run) {
   trainer->optimizer_ = std::make_unique<AdamW>(parameters, adamw);
   trainer->backprop_ = std::make_unique<Backprop>(
       *trainer->model_, device, carry_from_name(run.train.carry), run.train.segment_tokens);
+  EVERLONG_ASSIGN(const auto about_data, read_file(fs::path(run.data.path) / kDatasetFile));
+  trainer->data_hash_ = short_hash(about_data);
+  if (snapshot != nullptr) EVERLONG_RETURN_IF_ERROR(trainer->restore(*snapshot));
   return trainer;
 }
 
@@ -111,11 +138,7 @@ Result<StepReport> Trainer::step(double seconds) {
   report.loss = figures[0].item<double>();
   report.grad_norm = figures[1].item<double>();
   if (!std::isfinite(report.loss) || !std::isfinite(report.grad_norm)) {
-    optimizer_->clear_gradients();
-    return invalid_argument("step ", report.step, ": loss = ", report.loss,
-                            ", gradient norm = ", report.grad_norm, " at learning rate ", report.lr,
-                            "; training has diverged. Lower train.learning_rate, "
-                            "lengthen train.warmup_steps or set train.clip");
+    return diverged(report);
   }
   optimizer_->step(report.lr);
   ++steps_done_;
@@ -157,11 +180,27 @@ Result<Evaluation> Trainer::evaluate() {
   return evaluation;
 }
 
-Status Trainer::save() const {
+Status Trainer::diverged(const StepReport& report) {
+  const std::string where =
+      where_it_began(*model_, *backprop_, device_, run_.train.segment_tokens, batches_,
+                     optimizer_->gradients(), std::isfinite(report.loss));
+  optimizer_->clear_gradients();
+  std::string causes =
+      "a learning rate that is too high (train.learning_rate), a warm-up that is "
+      "too short (train.warmup_steps)";
+  if (run_.train.clip <= 0 || run_.train.clip > 10)
+    causes += cat(", gradients that are not clipped (train.clip = ", run_.train.clip, ")");
+  if (dtype_ == at::kBFloat16) causes += ", too few digits (train.dtype = \"bf16\")";
+  return invalid_argument("step ", report.step, ": loss = ", report.loss,
+                          ", gradient norm = ", report.grad_norm, " at learning rate ", report.lr,
+                          "; training has diverged. ", where, " Likely causes: ", causes);
+}
+
+Status Trainer::save(const fs::path& folder) const {
   EVERLONG_RETURN_IF_ERROR(save_model(
-      model_folder(), *model_,
+      folder, *model_,
       {{"step", std::to_string(steps_done_)}, {"tokens", std::to_string(tokens_done_)}}));
-  return copy_tokenizer_files(run_.data.path, model_folder());
+  return copy_tokenizer_files(run_.data.path, folder);
 }
 
 }  // namespace everlong

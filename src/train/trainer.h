@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "data/batches.h"
+#include "models/checkpoint.h"
 #include "train/adamw.h"
 #include "train/backprop.h"
 #include "train/run_file.h"
@@ -31,16 +32,23 @@ struct Evaluation {
 // losses bit for bit, unless max_seconds lets the clock decide.
 class Trainer {
  public:
-  // Sets torch's threads and random seed, opens the data, builds or loads the model.
-  static Result<std::unique_ptr<Trainer>> make(const RunFile& run);
+  // Sets torch's threads and random seed, opens the data, builds or loads the model. With a
+  // snapshot it goes on exactly where that was taken; refused where model, batches or data are
+  // others (docs/formats.md, "Training checkpoint").
+  static Result<std::unique_ptr<Trainer>> make(const RunFile& run,
+                                               const TensorFile* snapshot = nullptr);
 
   // One update of the weights, `seconds` into the run. A loss or gradient that is not finite is
-  // refused with the step in the message, and the weights stay as they were.
+  // refused with step and layer in the message, and the weights stay as they were.
   Result<StepReport> step(double seconds);
   // The first eval_tokens tokens of the validation split, read as one stream with carried state.
   Result<Evaluation> evaluate();
   // The model folder OUT/model, each file replaced atomically.
-  Status save() const;
+  Status save() const { return save(model_folder()); }
+  Status save(const fs::path& folder) const;
+  // All that the next steps depend on, as tensors and metadata. Handles where they can be: write it
+  // before the next step.
+  Result<TensorFile> snapshot() const;
 
   Decoder& model() { return *model_; }
   AdamW& optimizer() { return *optimizer_; }
@@ -55,7 +63,9 @@ class Trainer {
  private:
   Trainer(const RunFile& run, at::Device device, at::ScalarType dtype)
       : run_(run), device_(device), dtype_(dtype) {}
-  Status build_model(const TokenDataset& dataset);
+  Status build_model(const TokenDataset& dataset, const TensorFile* snapshot);
+  Status restore(const TensorFile& snapshot);
+  Status diverged(const StepReport& report);
 
   RunFile run_;
   at::Device device_;
@@ -67,6 +77,7 @@ class Trainer {
   std::unique_ptr<BatchReader> reader_;
   std::unique_ptr<SplitView> valid_;  // none when the dataset has no validation split
   std::vector<Batch> batches_;        // of one step
+  std::string data_hash_;             // of dataset.json
   std::int64_t steps_done_ = 0, tokens_done_ = 0;
 };
 

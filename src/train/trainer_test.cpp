@@ -2,105 +2,19 @@
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <nlohmann/json.hpp>
-#include <random>
 
 #include "data/synthetic.h"
 #include "models/checkpoint.h"
+#include "support/small_run.h"
 #include "train/loop.h"
 
 namespace everlong {
 namespace {
 
-constexpr std::int64_t kLetters = 16;
-constexpr std::int32_t kEndOfDocument = 256;
-
-// A folder of its own that goes away with the test.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (fs::temp_directory_path() / "everlong_trainer_XXXXXX").string();
-    EXPECT_NE(::mkdtemp(name.data()), nullptr);
-    path_ = name;
-  }
-  ~TemporaryFolder() { fs::remove_all(path_); }
-  const fs::path& path() const { return path_; }
-
- private:
-  fs::path path_;
-};
-
-// Documents that copy themselves: two random letters, over and over, "fkfkfk...". Whoever looks
-// only at the last letter loses ln 16 = 2.77 nats a letter, whoever remembers the one before nearly
-// none.
-void write_dataset(const fs::path& folder) {
-  std::mt19937 random(1);
-  DatasetInfo info{.tokenizer = "bytes",
-                   .vocab_size = 259,
-                   .eod = kEndOfDocument,
-                   .valid_fraction = 0.1,
-                   .splits = {}};
-  for (const auto& [name, documents] : {std::pair("train", 200), std::pair("valid", 20)}) {
-    SplitWriter writer(folder, name, 1 << 20);
-    for (int d = 0; d < documents; ++d) {
-      std::vector<std::int32_t> ids;
-      const std::int32_t pair[] = {static_cast<std::int32_t>(random() % kLetters),
-                                   static_cast<std::int32_t>(random() % kLetters)};
-      for (int i = 0; i < 60; ++i) ids.insert(ids.end(), std::begin(pair), std::end(pair));
-      ids.push_back(kEndOfDocument);
-      ASSERT_TRUE(writer.add(ids, 120).ok());
-    }
-    auto split = writer.finish();
-    ASSERT_TRUE(split.ok());
-    info.splits[name] = *split;
-  }
-  ASSERT_TRUE(write_dataset_info(folder, info).ok());
-}
-
-class TrainerTest : public testing::Test {
- protected:
-  void SetUp() override { write_dataset(folder_.path()); }
-
-  RunFile run_file(const std::vector<std::string>& overrides = {}) {
-    auto run = RunFile::parse(R"(
-[model]
-hidden_size = 32
-intermediate_size = 64
-layer_types = ["lightning", "lightning"]
-[model.lightning]
-num_heads = 2
-head_dim = 16
-[data]
-path = "replaced"
-row_tokens = 64
-rows = 8
-[train]
-steps = 20
-learning_rate = 1e-2
-warmup_steps = 5
-weight_decay = 0.01
-threads = 1
-device = "cpu"
-)",
-                              "test.toml", overrides);
-    EXPECT_TRUE(run.ok()) << run.status().message();
-    run->data.path = folder_.path().string();
-    run->out.folder = (folder_.path() / "run").string();
-    return *run;
-  }
-
-  std::vector<nlohmann::json> log() {
-    std::vector<nlohmann::json> lines;
-    std::istringstream text(*read_file(folder_.path() / "run" / "log.jsonl"));
-    for (std::string line; std::getline(text, line);) lines.push_back(nlohmann::json::parse(line));
-    return lines;
-  }
-
-  TemporaryFolder folder_;
-};
+class TrainerTest : public test::TrainingTest {};
 
 TEST_F(TrainerTest, LearnsToCopyWhatTheLastTokenDoesNotTell) {
   auto run = run_file({"train.steps=200", "train.carry=detached"});
@@ -137,6 +51,32 @@ TEST_F(TrainerTest, LearnsTheTargetsThatTheDataGive) {
   EXPECT_LT(report->valid->loss, 0.1);  // a guess costs ln 2 = 0.69
   EXPECT_FALSE(report->valid->of_text);
   for (const auto& line : log()) EXPECT_FALSE(line.contains("valid_bpb"));
+}
+
+// One document of recall cannot have weights, so these are passkeys.
+TEST_F(TrainerTest, WriteWeightsOfTheDataNeedLayersThatTakeThem) {
+  const auto words = *make_tokenizer("words");
+  const auto filler = *Filler::make(FillerKind::kSentences, *words);
+  SyntheticSettings settings;
+  settings.write_multiplicity = 100;
+  const auto documents = *SyntheticDocuments::make(settings, *words, filler);
+  const auto data = folder_.path() / "passkey";
+  ASSERT_TRUE(
+      write_synthetic(documents, *words, {.train_tokens = 5000, .valid_documents = 5}, data).ok());
+  auto run = run_file({"model.vocab_size=86", "model.tokenizer=words", "data.packing=documents",
+                       "data.row_tokens=121", "train.steps=2", "train.warmup_steps=1"});
+  run.data.path = data.string();
+  const auto refused = Trainer::make(run);
+  ASSERT_FALSE(refused.ok());
+  EXPECT_NE(refused.status().message().find("layer 0, mechanism \"lightning\""), std::string::npos)
+      << refused.status().message();
+
+  run.model.layer_types = {"infini"};
+  run.model.mechanisms = {{"infini", {{"num_heads", 2}, {"head_dim", 8}, {"segment", 16}}}};
+  auto trainer = Trainer::make(run);
+  ASSERT_TRUE(trainer.ok()) << trainer.status().message();
+  EXPECT_TRUE((*trainer)->step(0).ok());
+  EXPECT_TRUE((*trainer)->evaluate().ok());
 }
 
 TEST_F(TrainerTest, SameRunFileGivesTheSameLossesBitForBit) {
