@@ -12,7 +12,7 @@ CUDA_CHOICE := $(if $(filter cuda asan,$(PRESET)),,-DEVERLONG_CUDA=$(EVERLONG_CU
 CONFIGURE := cmake --preset $(PRESET) $(CUDA_CHOICE) $(if $(LIBTORCH_ROOT),-DLIBTORCH_ROOT=$(LIBTORCH_ROOT))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup configure build test demo bench torch-library interop format lint clean
+.PHONY: help setup configure build install test demo bench torch-library interop fuzz thread-check format lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,16 @@ bench: build ## every operator on the CPU beside its baselines; ARGS="--help" li
 
 torch-library: configure ## build/release/lib/libeverlong_torch.so: the operators for torch.ops.load_library
 	@cmake --build $(BUILD) -j $(JOBS) --target everlong_torch_ops
+
+install: build ## program, library, headers and CMake package into PREFIX (default /usr/local)
+	@cmake --build $(BUILD) -j $(JOBS) --target everlong_shared
+	@cmake --install $(BUILD) --prefix $(or $(PREFIX),/usr/local)
+
+fuzz: ## readers of files under any bytes, with clang's libFuzzer; ARGS="--help" lists the choices
+	@tools/fuzz $(ARGS)
+
+thread-check: ## tests that start threads, under ThreadSanitizer
+	@tools/thread_check
 
 interop: build ## what transformers makes of our model folders; downloads 3 GB into build/interop
 	@tools/interop $(BUILD)/bin/everlong

@@ -2,7 +2,7 @@
 find_package(GTest REQUIRED)
 find_package(rapidcheck QUIET)
 
-set(torch_free everlong_core everlong_kernels everlong_data)
+set(torch_free everlong_core everlong_kernels everlong_data everlong_shared)
 
 function(everlong_set_test name label)
   set_tests_properties(${name} PROPERTIES LABELS "${label}" ENVIRONMENT "OMP_NUM_THREADS=2;OMP_WAIT_POLICY=passive" TIMEOUT 600)
@@ -42,6 +42,8 @@ foreach(source ${tests})
     set(library everlong_layers)
   elseif(source MATCHES "^src/(core|kernels|data|ops|layers|models|session|train|eval)/")
     set(library everlong_${CMAKE_MATCH_1})
+  elseif(name STREQUAL "library_test")  # sees the public headers and the shared library alone
+    set(library everlong_shared)
   else()
     set(library everlong_all)
   endif()
@@ -65,11 +67,53 @@ foreach(source ${tests})
   everlong_set_test(${name} ${label})
 endforeach()
 
+# What `cmake --install` makes, used from elsewhere: the examples, the package's messages, the exported symbols.
+target_compile_definitions(install_test PRIVATE
+  EVERLONG_SOURCE_FOLDER="${PROJECT_SOURCE_DIR}" EVERLONG_BUILD_FOLDER="${CMAKE_BINARY_DIR}" EVERLONG_CMAKE="${CMAKE_COMMAND}"
+  EVERLONG_COMPILER="${CMAKE_CXX_COMPILER}")
+add_dependencies(install_test everlong_shared everlong)
+if(EVERLONG_SANITIZE)  # its examples are compiled without
+  set_tests_properties(install_test PROPERTIES DISABLED ON)
+endif()
+
+# The same damages again, more of them.
+add_test(NAME damaged_files_thousand COMMAND damaged_files_test)
+everlong_set_test(damaged_files_thousand slow)
+set_property(TEST damaged_files_thousand APPEND PROPERTY ENVIRONMENT "EVERLONG_DAMAGES=1000")
+
+# Two hundred kills; the default run has five.
+if(TARGET kill_resume_test)
+  add_test(NAME kill_resume_slow COMMAND kill_resume_test --gtest_filter=*Reproduces*)
+  everlong_set_test(kill_resume_slow slow)
+  set_tests_properties(kill_resume_slow PROPERTIES TIMEOUT 3600
+                       ENVIRONMENT "OMP_WAIT_POLICY=passive;EVERLONG_KILLS=200")
+endif()
+
+# Any bytes for every reader, and our own threads under ThreadSanitizer: each builds what it needs.
+add_test(NAME fuzz COMMAND ${PROJECT_SOURCE_DIR}/tools/fuzz --seconds 20)
+add_test(NAME thread_check COMMAND ${PROJECT_SOURCE_DIR}/tools/thread_check)
+everlong_set_test(fuzz slow)
+everlong_set_test(thread_check slow)
+set_tests_properties(fuzz thread_check PROPERTIES TIMEOUT 1800)
+find_program(CLANGXX_PROGRAM NAMES clang++ clang++-14)
+if(NOT CLANGXX_PROGRAM)
+  set_tests_properties(fuzz PROPERTIES DISABLED ON)
+endif()
+
 # The laws that every mechanism keeps.
 file(GLOB conformance CONFIGURE_DEPENDS tests/conformance/*.cpp)
 if(conformance)
   everlong_test_program(conformance everlong_session ${conformance})
-  add_test(NAME conformance COMMAND conformance --gtest_filter=-*Cuda*:*Slow*)
+  # On the CPU a test for every room, as the registry lists them, and one for the laws' own faults.
+  file(STRINGS ${mechanisms_list} rooms REGEX "^EVERLONG_MECHANISM")
+  set(elsewhere "*Cuda*:*Slow*")
+  foreach(room IN LISTS rooms)
+    string(REGEX REPLACE "^EVERLONG_MECHANISM\\((.*)\\).*" "\\1" room "${room}")
+    add_test(NAME conformance_${room} COMMAND conformance --gtest_filter=*/${room}_*-*Cuda*:*Slow*)
+    everlong_set_test(conformance_${room} conformance)
+    string(APPEND elsewhere ":*/${room}_*")
+  endforeach()
+  add_test(NAME conformance COMMAND conformance --gtest_filter=-${elsewhere})
   add_test(NAME conformance_gpu COMMAND conformance --gtest_filter=*Cuda*-*Slow*)
   add_test(NAME conformance_slow COMMAND conformance --gtest_filter=*Slow*)
   everlong_set_test(conformance conformance)
@@ -95,11 +139,14 @@ if(TARGET everlong)
                                      $<TARGET_FILE:everlong> ${PROJECT_SOURCE_DIR}/tests/golden)
   add_test(NAME tokenizers COMMAND ${interop_python} ${PROJECT_SOURCE_DIR}/tests/integration/tokenizers_test.py
                                    $<TARGET_FILE:everlong> ${PROJECT_SOURCE_DIR}/tests/golden)
+  add_test(NAME tensorboard COMMAND ${interop_python} ${PROJECT_SOURCE_DIR}/tests/integration/tensorboard_test.py
+                                    $<TARGET_FILE:everlong>)
   everlong_set_test(transformers interop)
   everlong_set_test(tokenizers interop)
+  everlong_set_test(tensorboard interop)
   if(NOT EXISTS ${PROJECT_SOURCE_DIR}/build/interop/everlong.stamp)
-    set_tests_properties(transformers tokenizers PROPERTIES DISABLED ON)
-    message(STATUS "Tests 'transformers' and 'tokenizers' are disabled: their Python packages are not there; `make interop` gets them")
+    set_tests_properties(transformers tokenizers tensorboard PROPERTIES DISABLED ON)
+    message(STATUS "Tests 'transformers', 'tokenizers' and 'tensorboard' are disabled: their Python packages are not there; `make interop` gets them")
   endif()
 endif()
 

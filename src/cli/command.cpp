@@ -173,14 +173,24 @@ void parsed_option(CLI::App& app, std::string_view names, std::string_view place
                    std::string_view help, std::string_view shown,
                    std::function<void(const std::string&)> take) {
   const auto [flags, text] = split_names(names, placeholder);
-  dress(app.add_option_function<std::string>(flags, std::move(take), std::string(help)), text,
-        shown);
+  const std::string name = flags.substr(flags.find("--"));
+  const auto named = [name, take = std::move(take)](const std::string& given) {
+    try {
+      take(given);
+    } catch (const CLI::ValidationError& error) {
+      throw CLI::ValidationError(cat(name, ": ", error.what()));
+    }
+  };
+  dress(app.add_option_function<std::string>(flags, named, std::string(help)), text, shown);
 }
 
 // What the parser complains of, as a sentence with a way out.
 std::string usage_message(const CLI::ParseError& error, const CLI::App& app,
                           const std::vector<std::string>& left) {
-  if (dynamic_cast<const CLI::ExtrasError*>(&error) == nullptr || left.empty()) return error.what();
+  // A misspelled --model is also a missing one: the misspelling is what helps.
+  const bool misspelled = dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr ||
+                          dynamic_cast<const CLI::RequiredError*>(&error) != nullptr;
+  if (!misspelled || left.empty()) return error.what();
   const std::string& given = left.front();
   const bool option = given.size() > 1 && given.front() == '-';
   std::vector<std::string> known;
@@ -191,8 +201,10 @@ std::string usage_message(const CLI::ParseError& error, const CLI::App& app,
   for (const CLI::App* sub : app.get_subcommands([](const CLI::App*) { return true; }))
     if (!option) known.push_back(sub->get_name());
   const std::string near = nearest(given.substr(0, given.find('=')), known);
-  return cat(given, option ? " is not an option here" : " was not expected here",
-             near.empty() ? "" : cat(". Did you mean ", near, "?"));
+  return cat(
+      given, option ? " is not an option here" : " was not expected here",
+      near.empty() ? "" : cat(". Did you mean ", near, "?"),
+      near.empty() && !option && !known.empty() ? cat("; commands: ", join(known, ", ")) : "");
 }
 
 int exit_code(const Status& status) {
@@ -309,6 +321,8 @@ void Command::run_if(std::function<bool()> wanted, std::function<Status()> body)
 void Command::before(std::function<void()> hook) { node_->before = std::move(hook); }
 
 int run_program(int argc, char** argv, const std::function<void(Command&)>& build) {
+  // A write past a file size limit (ulimit -f) is then a failed write, not the end of the program.
+  std::signal(SIGXFSZ, SIG_IGN);
   CLI::App app;
   app.name("everlong");
   app.require_subcommand(0, 1);

@@ -1,4 +1,6 @@
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <nlohmann/json.hpp>
 
 #include "cli/commands.h"
@@ -66,7 +68,8 @@ Status GenerateCommand::feed_text(Session& session, std::string_view text) const
 Status GenerateCommand::feed_file(Session& session, const std::string& path) const {
   const bool standard_input = path == "-";
   std::FILE* const file = standard_input ? stdin : std::fopen(path.c_str(), "rb");
-  if (file == nullptr) return not_found(path, ": the prompt file cannot be opened");
+  if (file == nullptr)
+    return not_found(path, ": the prompt file cannot be opened: ", std::strerror(errno));
   Status status;
   std::string piece(kPieceBytes, '\0');
   while (status.ok()) {
@@ -114,6 +117,11 @@ Result<std::string> GenerateCommand::write_text(Session& session, std::int64_t& 
 Status GenerateCommand::run() const {
   if (max_tokens < 0)
     return invalid_argument("--max-tokens ", max_tokens, " is negative; 0 only reads the prompt");
+  // Said before the prompt is read, which may take hours.
+  if (const fs::path folder = fs::path(save_state).parent_path();
+      !folder.empty() && !fs::is_directory(folder))
+    return not_found("--save-state ", save_state, ": there is no folder ", folder.string(),
+                     "; make it first");
   EVERLONG_ASSIGN(const auto loaded, model.load());
   EVERLONG_ASSIGN(const auto params, sampling(loaded.folder));
   Session session{loaded, Stream(loaded.model), Sampler(params), 0, ""};

@@ -1,13 +1,13 @@
 // Streams in files: docs/formats.md, "Stream file".
 #include <ATen/ATen.h>
 
-#include "models/checkpoint.h"
+#include "models/checked_file.h"
 #include "session/stream.h"
 
 namespace everlong {
 namespace {
 
-constexpr const char* kFormat = "everlong-stream-1";
+constexpr const char* kFormat = "everlong-stream-2";
 constexpr const char* kLogits = "logits";
 constexpr std::string_view kNote = "note.";  // opens the metadata key of a note
 
@@ -44,27 +44,26 @@ const std::string& Stream::model_fingerprint() const {
 
 Status Stream::save(const fs::path& path, const std::map<std::string, std::string>& notes) const {
   const at::NoGradGuard off;
-  TensorMap tensors = state_.tensors();
-  if (!logits_.empty()) tensors[kLogits] = at::tensor(at::ArrayRef(logits_), at::kFloat);
-  std::map<std::string, std::string> metadata = {
-      {"format", kFormat},
-      {"model", model_fingerprint()},
-      {"num_layers", std::to_string(state_.num_layers())},
-      {"position", std::to_string(position())}};
-  for (const auto& [name, text] : notes) metadata[cat(kNote, name)] = text;
-  return save_tensors(path, tensors, metadata);
+  TensorFile file;
+  file.tensors = state_.tensors();
+  if (!logits_.empty()) file.tensors[kLogits] = at::tensor(at::ArrayRef(logits_), at::kFloat);
+  file.metadata = {{"model", model_fingerprint()},
+                   {"num_layers", std::to_string(state_.num_layers())},
+                   {"position", std::to_string(position())}};
+  for (const auto& [name, text] : notes) file.metadata[cat(kNote, name)] = text;
+  return write_checked(path, file, kFormat);
 }
 
 Status Stream::load(const fs::path& path, std::map<std::string, std::string>* notes) {
   const at::NoGradGuard off;
-  EVERLONG_ASSIGN(TensorFile file, load_tensors(path));
+  auto read = read_checked(path, kFormat, "a stream file");
+  if (!read.ok())
+    return {read.status().code(), cat(read.status().message(), ". Nothing was loaded.")};
+  TensorFile file = *std::move(read);
   const auto refused = [&](const Status& status) {
     return Status(status.code(),
                   cat(path.string(), ": ", status.message(), ". Nothing was loaded."));
   };
-  if (const std::string format = value_or(file.metadata, "format"); format != kFormat)
-    return refused(corrupt("is not a stream file of this version: its format is \"", format,
-                           "\"; known: ", kFormat));
   if (const std::string model = value_or(file.metadata, "model"); model != model_fingerprint())
     return refused(invalid_argument(
         "was written by model ", model, " (", value_or(file.metadata, "num_layers"),
