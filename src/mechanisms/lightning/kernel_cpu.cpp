@@ -76,8 +76,10 @@ struct Workspace {
   float* scratch_of(int thread) const { return scratch + thread * scratch_floats; }
 };
 
-std::int64_t scratch_floats(std::int64_t key_dim, std::int64_t value_dim) {
-  return padded(std::max(sweep_floats(key_dim, value_dim), sweep_floats(value_dim, key_dim)));
+std::int64_t scratch_floats(std::int64_t heads, std::int64_t key_dim, std::int64_t value_dim) {
+  const std::int64_t together = heads_together(heads, key_dim, value_dim);
+  return padded(std::max(sweep_floats(key_dim, value_dim, together),
+                         sweep_floats(value_dim, key_dim, together)));
 }
 
 // exp(-s n) from s in float64 for every n up to a chunk. What fp32 holds only as a denormal is
@@ -101,7 +103,7 @@ Result<Workspace> open_workspace(const Problem& p, std::span<std::byte> bytes,
   Workspace w;
   w.decays = reinterpret_cast<float*>((address + kAlign - 1) / kAlign * kAlign);
   w.scratch = w.decays + p.shape.heads * kDecays;
-  w.scratch_floats = scratch_floats(p.shape.key_dim, p.shape.value_dim);
+  w.scratch_floats = scratch_floats(p.shape.heads, p.shape.key_dim, p.shape.value_dim);
   for (std::int64_t h = 0; h < p.shape.heads; ++h)
     fill_decays(slope[static_cast<std::size_t>(h)], w.decays + h * kDecays);
   return w;
@@ -144,37 +146,60 @@ struct Pass {
   float score_scale = 1, cross_scale = 1, update_scale = 1;
 };
 
-void run_pass(const Problem& p, const Pass& pass, std::span<const double> slope,
-              const Workspace& workspace, std::int64_t sequence, std::int64_t head,
-              std::int64_t part, std::int64_t parts, int thread) {
+Sweep sweep_of(const Problem& p, const Pass& pass, std::span<const double> slope,
+               const Workspace& workspace, std::int64_t sequence, std::int64_t head, Range rows,
+               Range cols) {
   const Place place = place_of(p.shape, sequence, head);
+  return {.dtype = p.dtype,
+          .tokens = place.tokens,
+          .key_dim = rows.count,
+          .value_dim = cols.count,
+          .q = rows_of(pass.q, place, pass.back),
+          .k = rows_of(pass.k, place, pass.back, rows.first),
+          .v = rows_of(pass.v, place, pass.back, cols.first),
+          .u = rows_of(pass.u, place, pass.back),
+          .o = rows_of(pass.o, place, pass.back, cols.first),
+          .p = rows_of(pass.p, place, pass.back, rows.first),
+          .stream_o = worth_streaming(pass.o),
+          .stream_p = worth_streaming(pass.p),
+          .state_in = matrix_of<const float>(pass.state_in, sequence, head, pass.transposed,
+                                             rows.first, cols.first),
+          .state_out = matrix_of<float>(pass.state_out, sequence, head, pass.transposed, rows.first,
+                                        cols.first),
+          .decays = workspace.decays_of(head),
+          .slope = slope[static_cast<std::size_t>(head)],
+          .lead = pass.back ? 0 : 1,
+          .score_scale = pass.score_scale,
+          .cross_scale = pass.cross_scale,
+          .update_scale = pass.update_scale};
+}
+
+// Of one sequence: a range of heads, a part of their columns.
+void run_pass(const Problem& p, const Pass& pass, std::span<const double> slope,
+              const Workspace& workspace, std::int64_t sequence, Range heads, std::int64_t part,
+              std::int64_t parts, int thread) {
   const Range all_rows{0, pass.k.sizes[3]}, all_cols{0, pass.v.sizes[3]};
   const Range rows = pass.cut_rows ? part_of(part, parts, all_rows.count) : all_rows,
               cols = pass.cut_rows ? all_cols : part_of(part, parts, all_cols.count);
   if (rows.count <= 0 || cols.count <= 0) return;
-  run_sweep({.dtype = p.dtype,
-             .tokens = place.tokens,
-             .key_dim = rows.count,
-             .value_dim = cols.count,
-             .q = rows_of(pass.q, place, pass.back),
-             .k = rows_of(pass.k, place, pass.back, rows.first),
-             .v = rows_of(pass.v, place, pass.back, cols.first),
-             .u = rows_of(pass.u, place, pass.back),
-             .o = rows_of(pass.o, place, pass.back, cols.first),
-             .p = rows_of(pass.p, place, pass.back, rows.first),
-             .stream_o = worth_streaming(pass.o),
-             .stream_p = worth_streaming(pass.p),
-             .state_in = matrix_of<const float>(pass.state_in, sequence, head, pass.transposed,
-                                                rows.first, cols.first),
-             .state_out = matrix_of<float>(pass.state_out, sequence, head, pass.transposed,
-                                           rows.first, cols.first),
-             .decays = workspace.decays_of(head),
-             .slope = slope[static_cast<std::size_t>(head)],
-             .lead = pass.back ? 0 : 1,
-             .score_scale = pass.score_scale,
-             .cross_scale = pass.cross_scale,
-             .update_scale = pass.update_scale},
+  std::array<Sweep, kMostHeads> sweeps;
+  for (std::int64_t i = 0; i < heads.count; ++i)
+    sweeps[static_cast<std::size_t>(i)] =
+        sweep_of(p, pass, slope, workspace, sequence, heads.first + i, rows, cols);
+  run_sweep(std::span(sweeps).first(static_cast<std::size_t>(heads.count)),
             workspace.scratch_of(thread));
+}
+
+// Heads a task takes: as many as keep all threads busy to the end, and whose states fit the cache.
+std::int64_t heads_per_task(const Shape& shape, std::int64_t tasks_per_head, int threads) {
+  std::int64_t best = 1, best_rounds = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t together = heads_together(shape.heads, shape.key_dim, shape.value_dim);
+       together >= 1; --together) {
+    const std::int64_t tasks = (shape.heads + together - 1) / together * tasks_per_head;
+    const std::int64_t rounds = (tasks + threads - 1) / threads * together;
+    if (rounds < best_rounds) best = together, best_rounds = rounds;
+  }
+  return best;
 }
 
 // Tasks in the order of heads first: a thread's range then has every sequence of its heads, so that
@@ -185,11 +210,14 @@ void run_passes(const Problem& p, std::span<const Pass> passes, std::int64_t par
   const std::int64_t N = p.shape.sequences(), H = p.shape.heads,
                      count = static_cast<std::int64_t>(passes.size());
   if (count == 0 || N == 0) return;
-  executor.run(H * parts * N * count, [&](std::int64_t index, int thread) {
+  const std::int64_t together = heads_per_task(p.shape, N * parts, executor.threads()),
+                     groups = (H + together - 1) / together;
+  executor.run(groups * parts * N * count, [&](std::int64_t index, int thread) {
     const Pass& pass = passes[static_cast<std::size_t>(index % count)];
     const std::int64_t sequence = index / count % N, part = index / count / N % parts,
-                       head = index / count / N / parts;
-    run_pass(p, pass, slope, workspace, sequence, head, part, parts, thread);
+                       first = index / count / N / parts * together;
+    run_pass(p, pass, slope, workspace, sequence, {first, std::min(together, H - first)}, part,
+             parts, thread);
   });
 }
 
@@ -197,7 +225,7 @@ void run_passes(const Problem& p, std::span<const Pass> passes, std::int64_t par
 
 std::size_t workspace_bytes(std::int64_t heads, std::int64_t key_dim, std::int64_t value_dim,
                             int threads) {
-  const std::int64_t floats = heads * kDecays + threads * scratch_floats(key_dim, value_dim);
+  const std::int64_t floats = heads * kDecays + threads * scratch_floats(heads, key_dim, value_dim);
   return static_cast<std::size_t>(floats) * sizeof(float) + 64;  // 64: to align the beginning
 }
 

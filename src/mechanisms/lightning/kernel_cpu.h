@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "core/dtype.h"
 
@@ -24,11 +25,24 @@ inline constexpr std::int64_t kScoreStride = kChunk + kLanes;
 // exp(-s n) = [kChunk - n], and a row i of the mask D_ij begins at [kChunk - i].
 inline constexpr std::int64_t kDecays = 2 * kChunk + kLanes;
 
-// Floats that one thread works in: S; q, k twice, v, scores; the same for p and what crosses
-// chunks.
-constexpr std::int64_t sweep_floats(std::int64_t key_dim, std::int64_t value_dim) {
+// Heads whose states one sweep may keep, by the bytes of the states: half a second-level cache.
+// What lies side by side in memory is then read side by side: a head alone reads 512 bytes of every
+// page, which no hardware prefetcher follows.
+inline constexpr std::int64_t kStatesBytes = std::int64_t{1} << 19;
+inline constexpr std::int64_t kMostHeads = 16;
+constexpr std::int64_t heads_together(std::int64_t heads, std::int64_t key_dim,
+                                      std::int64_t value_dim) {
+  const std::int64_t fitting = kStatesBytes / (padded(key_dim) * padded(value_dim) * 4);
+  const std::int64_t most = heads < kMostHeads ? heads : kMostHeads;
+  return fitting < 1 ? 1 : fitting < most ? fitting : most;
+}
+
+// Floats that one thread works in: S of each head; q, k twice, v, scores; the same for p and what
+// crosses chunks.
+constexpr std::int64_t sweep_floats(std::int64_t key_dim, std::int64_t value_dim,
+                                    std::int64_t heads) {
   const std::int64_t K = padded(key_dim), V = padded(value_dim);
-  return K * V + kChunk * (2 * (kQueryStride + kScoreStride) + 5 * K + 3 * V);
+  return heads * K * V + kChunk * (2 * (kQueryStride + kScoreStride) + 5 * K + 3 * V);
 }
 
 // Tokens of one head of one sequence, or one token with stride 1.
@@ -88,8 +102,10 @@ struct Step {
   bool dither = false;  // of long memory: see StepColumns
 };
 
-// For the best instruction set that the machine has. scratch: sweep_floats, 64-byte aligned.
-void run_sweep(const Sweep& sweep, float* scratch);
+// One sweep over the same tokens of each head, chunk by chunk: at least one head, and nothing but
+// pointers, slopes and decays may differ among them. For the best instruction set that the machine
+// has. scratch: sweep_floats, 64-byte aligned.
+void run_sweep(std::span<const Sweep> heads, float* scratch);
 void run_step(const Step& step);
 
 }  // namespace everlong::lightning::cpu

@@ -114,8 +114,9 @@ struct OutputTiles {
   }
 };
 
-// S of one panel moves on.
-template <int kVectors>
+// S of one panel moves on. What is kept of S comes first, so that the products, which follow each
+// other without a break, hide its way from the cache.
+template <int kVectors, Update kUpdate>
 struct StateTiles {
   const Chunk& c;
   Ahead& ahead;
@@ -124,24 +125,19 @@ struct StateTiles {
   template <int kRows>
   HWY_INLINE void run(std::int64_t i0) const {
     const Tag d;
+    constexpr std::int64_t kStride = kVectors * kWidth;
     Tile<kRows, kVectors> tile;
-    set_zero(tile);
+    float* s = state + i0 * kStride;
+    if constexpr (kUpdate == Update::kReplace) {
+      set_zero(tile);
+    } else {
+      load_tile(s, kStride, tile);
+      scale_tile(hn::Set(d, c.factor), tile);
+    }
     ahead.advance(kRows * c.tokens);
-    accumulate<kRows, kVectors>(c.k_rows + i0, 1, c.k_stride, v, kVectors * kWidth, c.tokens, tile);
-    float* s = state + i0 * kVectors * kWidth;
-    const Vec factor = hn::Set(d, c.factor);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 4
-      for (int x = 0; x < kVectors; ++x, s += kWidth) {
-        Vec sum = tile.sum[i][x];
-        if (c.update != Update::kReplace) {
-          const Vec old = hn::Load(d, s);
-          sum = hn::MulAdd(old, factor, sum);
-          if (c.update == Update::kAdd) sum = hn::Add(old, sum);
-        }
-        hn::Store(sum, d, s);
-      }
+    accumulate<kRows, kVectors>(c.k_rows + i0, 1, c.k_stride, v, kStride, c.tokens, tile);
+    if constexpr (kUpdate == Update::kAdd) add_tile(s, kStride, tile);
+    store_tile(tile, s, kStride);
   }
 };
 
@@ -177,7 +173,19 @@ HWY_NOINLINE void run_panel(const Chunk& c, Ahead& ahead, const float* v, float*
   if (o != nullptr)
     for_each_tile(c.tokens,
                   OutputTiles<kVectors, T>{c, ahead, v, state, nullptr, 0, o, o_stride, cols});
-  if (c.update != Update::kNone) for_each_tile(c.key_dim, StateTiles<kVectors>{c, ahead, v, state});
+  switch (c.update) {
+    case Update::kNone:
+      break;
+    case Update::kReplace:
+      for_each_tile(c.key_dim, StateTiles<kVectors, Update::kReplace>{c, ahead, v, state});
+      break;
+    case Update::kFactor:
+      for_each_tile(c.key_dim, StateTiles<kVectors, Update::kFactor>{c, ahead, v, state});
+      break;
+    case Update::kAdd:
+      for_each_tile(c.key_dim, StateTiles<kVectors, Update::kAdd>{c, ahead, v, state});
+      break;
+  }
 }
 
 // One panel of columns of p.

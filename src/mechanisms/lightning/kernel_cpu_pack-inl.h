@@ -17,9 +17,10 @@ HWY_INLINE Rows<const T> rows_as(const Rows<const void>& rows, std::int64_t firs
   return {static_cast<const T*>(rows.data) + first * rows.stride, rows.stride};
 }
 
-// Asks for the next chunk's tokens while this one is computed, a row at a time and evenly over the
-// work. Heads interleave in memory, so consecutive rows lie kilobytes apart, where no hardware
-// prefetcher follows; many rows at once would fill the miss buffers and stop the products' loads.
+// Asks for the tokens of the next chunk or head while this one is computed, a row at a time and
+// evenly over the work. Heads interleave in memory, so consecutive rows lie kilobytes apart, where
+// no hardware prefetcher follows; many rows at once would fill the miss buffers and stop the
+// products' loads. Into the second-level cache: the first is full of S and this chunk.
 class Ahead {
  public:
   // work: what the calls of advance() will add up to, at least.
@@ -37,7 +38,7 @@ class Ahead {
     credit_ += amount;
     for (; credit_ >= work_per_row_ && left_ > 0; credit_ -= work_per_row_, --left_) {
       Rows<const char>& row = rows_[next_];
-      for (std::int64_t c = 0; c < bytes_[next_]; c += 64) __builtin_prefetch(row.data + c, 0, 3);
+      for (std::int64_t c = 0; c < bytes_[next_]; c += 64) __builtin_prefetch(row.data + c, 0, 2);
       row.data += row.stride;
       next_ = next_ + 1 == count_ ? 0 : next_ + 1;
     }

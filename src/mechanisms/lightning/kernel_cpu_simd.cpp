@@ -22,8 +22,8 @@ namespace everlong::lightning::cpu {
 HWY_EXPORT(sweep_any_type);
 HWY_EXPORT(step_any_type);
 
-void run_sweep(const Sweep& sweep, float* scratch) {
-  HWY_DYNAMIC_DISPATCH(sweep_any_type)(sweep, scratch);
+void run_sweep(std::span<const Sweep> heads, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(sweep_any_type)(heads, scratch);
 }
 void run_step(const Step& step) { HWY_DYNAMIC_DISPATCH(step_any_type)(step); }
 

@@ -108,6 +108,22 @@ HWY_INLINE void store_tile(const Tile<kRows, kVectors>& tile, float* to, std::in
       hn::Store(tile.sum[i][v], Tag(), to + i * stride + v * kWidth);
 }
 
+template <int kRows, int kVectors>
+HWY_INLINE void scale_tile(Vec factor, Tile<kRows, kVectors>& tile) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) tile.sum[i][v] = hn::Mul(tile.sum[i][v], factor);
+}
+template <int kRows, int kVectors>
+HWY_INLINE void add_tile(const float* from, std::int64_t stride, Tile<kRows, kVectors>& tile) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      tile.sum[i][v] = hn::Add(hn::Load(Tag(), from + i * stride + v * kWidth), tile.sum[i][v]);
+}
+
 // tile += A B over `depth`. A number of A is a[i * row + l * step], rows of B lie b_stride apart.
 // row or step is a constant at every call.
 template <int kRows, int kVectors>
