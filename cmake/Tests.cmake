@@ -76,6 +76,14 @@ if(EVERLONG_SANITIZE)  # its examples are compiled without
   set_tests_properties(install_test PROPERTIES DISABLED ON)
 endif()
 
+# The example on the engine's own libraries: sets of tiles, each read by itself.
+add_executable(slide_encoder ${PROJECT_SOURCE_DIR}/examples/slide_encoder.cpp)
+set_target_properties(slide_encoder PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/examples)
+target_link_libraries(slide_encoder PRIVATE everlong_models)
+everlong_torch_target(slide_encoder)
+add_test(NAME slide_encoder_example COMMAND slide_encoder)
+everlong_set_test(slide_encoder_example integration)
+
 # The same damages again, more of them.
 add_test(NAME damaged_files_thousand COMMAND damaged_files_test)
 everlong_set_test(damaged_files_thousand slow)

@@ -134,8 +134,10 @@ void add_bench(Command& program) {
             "auto: the device's kernel where there is one, else composite");
   op.choice("--pass", op_command.wanted.pass, {"forward", "train", "step"},
             "train: forward and backward; step: one token after so many");
-  op.choice("--baseline", op_command.wanted.baseline, {"composite", "naive", "sdpa", "none"},
-            "sdpa: torch's softmax attention over the same shapes");
+  op.choice(
+      "--baseline", op_command.wanted.baseline, {"composite", "naive", "sdpa", "released", "none"},
+      "sdpa: torch's softmax attention over the same shapes; released (longnet): the published "
+      "code's steps in tensor operations around it");
   op.option("--lengths N,N,...", op_command.lengths, "tokens of a sequence");
   op.option("--batch N", op_command.batch, "sequences at once");
   op.option("--heads N", op_command.heads, "query heads");

@@ -4,9 +4,10 @@
 
 namespace everlong::cli {
 
-void add_data(Command& program);    // data fetch, data prepare, data info, and:
-void add_synthetic(Command& data);  // data synthetic
-void add_tokenize(Command& data);   // data tokenize
+void add_data(Command& program);          // data fetch, data prepare, data info, and:
+void add_synthetic(Command& data);        // data synthetic
+void add_tokenize(Command& data);         // data tokenize
+void add_train_tokenizer(Command& data);  // data train-tokenizer
 void add_train(Command& program);
 void add_generate(Command& program);
 void add_eval(Command& program);    // eval perplexity, eval baselines, and:

@@ -141,8 +141,9 @@ void add_data(Command& program) {
   prepare.required_option("-o,--out DIR", prepare_command.out, "dataset folder to write");
   prepare.option("--valid-fraction X", prepare_command.options.valid_fraction,
                  "part of the documents that is held out");
-  prepare.option("--tokenizer NAME", prepare_command.options.tokenizer,
-                 "bytes: 256 bytes and 3 specials; or the path of a tokenizer.json");
+  prepare.option(
+      "--tokenizer NAME", prepare_command.options.tokenizer,
+      "bytes: 256 bytes and 3 specials; or the path of a tokenizer.json or tokenizer.model");
   prepare.option("--max-document-bytes N", prepare_command.options.max_document_bytes,
                  "longer files are cut");
   prepare.option("--shard-tokens N", prepare_command.options.shard_tokens,
@@ -167,6 +168,7 @@ void add_data(Command& program) {
 
   add_synthetic(data);
   add_tokenize(data);
+  add_train_tokenizer(data);
 }
 
 }  // namespace everlong::cli

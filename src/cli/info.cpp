@@ -99,9 +99,17 @@ Status InfoCommand::describe_model() const {
   EVERLONG_ASSIGN(const Place where, place.resolve());
   const fs::path folder = model_folder(model);
   EVERLONG_ASSIGN(const auto decoder, load_model(folder, where.device, where.dtype));
+  EVERLONG_ASSIGN(const auto files, SafetensorsFolder::open(folder));
   nlohmann::ordered_json object = {{"model", folder.string()},
-                                   {"fingerprint", fingerprint(*decoder)}};
-  return describe(*decoder, folder.string(), where, object);
+                                   {"fingerprint", fingerprint(*decoder)},
+                                   {"weights_have_checksums", files.has_checksums()}};
+  EVERLONG_RETURN_IF_ERROR(describe(*decoder, folder.string(), where, object));
+  if (!json)
+    print(files.has_checksums()
+              ? "\nThe weights carry checksums, and every one of them is right.\n"
+              : "\nThe weights carry no checksum: a changed byte would not be noticed. `everlong "
+                "convert` writes them with checksums.\n");
+  return {};
 }
 
 Status InfoCommand::describe_preset() const {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <span>
 #include <string_view>
 
 #include "cli/commands.h"
@@ -35,19 +36,34 @@ Status print_version() {
   return {};
 }
 
+// Options may come before the command. A value that looks like a command does no harm here.
+bool is_command(std::span<char* const> arguments, std::span<const std::string_view> commands) {
+  return std::ranges::any_of(arguments, [&](std::string_view given) {
+    return std::ranges::find(commands, given) != commands.end();
+  });
+}
+
 // By default threads that wait for each other at the end of a parallel loop spin. On a machine that
 // has other work that made training six times slower (docs/benchmarks.md); sleeping costs little.
 // The OpenMP runtime reads its settings before main does anything: so a program that is about to
 // compute starts itself once more, unless the user has chosen.
 void wait_asleep(int argc, char** argv) {
-  constexpr std::array kComputing = {"train", "generate", "eval", "stream", "bench", "convert"};
-  const bool computes =
-      argc > 1 && std::ranges::find(kComputing, std::string_view(argv[1])) != kComputing.end();
-  if (!computes || std::getenv("OMP_WAIT_POLICY") != nullptr ||
-      std::getenv("GOMP_SPINCOUNT") != nullptr)
+  constexpr std::array<std::string_view, 6> kComputing = {"train",  "generate", "eval",
+                                                          "stream", "bench",    "convert"};
+  if (!is_command({argv, static_cast<std::size_t>(argc)}, kComputing) ||
+      std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr)
     return;
   ::setenv("OMP_WAIT_POLICY", "passive", 1);
   ::execv("/proc/self/exe", argv);  // comes back only when it fails; then the threads spin
+}
+
+// The system hands out memory by pages of 4 KB, and blocks above 32 MiB anew at every call, which
+// took a third of a pass over 64K tokens (docs/benchmarks.md). Torch asks for pages of 2 MB if told
+// to. Not where memory is watched: a stream's few tensors would be rounded up.
+void take_large_pages(int argc, char** argv) {
+  constexpr std::array<std::string_view, 2> kLarge = {"train", "bench"};
+  if (is_command({argv, static_cast<std::size_t>(argc)}, kLarge))
+    ::setenv("THP_MEM_ALLOC_ENABLE", "1", 0);
 }
 
 struct Globals {
@@ -91,6 +107,7 @@ void build(Command& program, Globals& globals) {
 }  // namespace everlong::cli
 
 int main(int argc, char** argv) {
+  everlong::cli::take_large_pages(argc, argv);
   everlong::cli::wait_asleep(argc, argv);
   everlong::keep_freed_memory();
   everlong::cli::Globals globals;

@@ -6,6 +6,7 @@
 #include "cli/terminal.h"
 #include "core/progress.h"
 #include "core/text.h"
+#include "eval/attention_reach.h"
 #include "eval/recall.h"
 #include "eval/retrieval_page.h"
 #include "eval/stream_reader.h"
@@ -170,6 +171,12 @@ struct RecallCommand {
     RecallOptions wanted = options;
     wanted.seed = static_cast<std::uint64_t>(seed);
     EVERLONG_ASSIGN(const auto loaded, model.load());
+    // Of other models than attention over patterns and windows nothing is predicted.
+    if (auto reach = AttentionReach::of(loaded.model->config()); reach.ok())
+      wanted.layers_from = [reach = std::move(reach).value()](std::int64_t place,
+                                                              std::int64_t tokens) {
+        return reach.layers_from(place, tokens);
+      };
     catch_signals();
     Stream stream(loaded.model);
     StreamReader reader(stream);
@@ -191,20 +198,31 @@ struct RecallCommand {
   }
 
   static std::string table(const RecallReport& report) {
-    Table table({"length", "distance", "right", "%", "95 % interval"}, {0, 1});
-    const auto add = [&](const RecallRow& row, const std::string& what, const Proportion& right) {
-      table.add(
-          {with_commas(row.length), what, count(right), percent(right.share()), interval(right)});
+    const bool predicts = bool(report.options.layers_from);
+    std::vector<std::string> heads = {"length", "distance", "right", "%", "95 % interval"};
+    if (predicts) heads.insert(heads.end(), {"can reach %", "predicted %"});
+    Table table(heads, {0, 1});
+    const auto add = [&](const RecallRow& row, const std::string& what, const auto& group) {
+      const Proportion& right = group.right;
+      std::vector<std::string> cells = {with_commas(row.length), what, count(right),
+                                        percent(right.share()), interval(right)};
+      if (predicts)
+        cells.insert(
+            cells.end(),
+            {percent(Proportion{group.connected, right.trials}.share()),
+             percent(predicted_share(group.connected, right.trials, report.options.task.symbols))});
+      table.add(cells);
     };
     for (const auto& row : report.rows) {
-      add(row, "any", row.right);
+      add(row, "any", row);
       for (const auto& group : row.distances)
-        add(row, cat(group.begin, "-", group.end - 1, " tokens"), group.right);
+        add(row, cat(group.begin, "-", group.end - 1, " tokens"), group);
       for (const auto& group : row.chunks)
-        add(row, group.begin == 0 ? "the same chunk" : cat(group.begin, " chunks back"),
-            group.right);
+        add(row, group.begin == 0 ? "the same chunk" : cat(group.begin, " chunks back"), group);
       for (const auto& group : row.residues)
-        add(row, cat(group.begin, " modulo ", report.options.modulus), group.right);
+        add(row, cat(group.begin, " modulo ", report.options.modulus), group);
+      for (const auto& group : row.layers)
+        add(row, group.begin < 0 ? "out of reach" : cat("over ", group.begin, " layers"), group);
     }
     return cat(table.text(),
                "right by chance: ", percent(1 / static_cast<double>(report.options.task.symbols)),
@@ -259,8 +277,10 @@ void add_retrieval(Command& eval) {
       "recall", "How far back is a symbol still known",
       "Shows one symbol among blanks and asks for it at many distances (the task recall of "
       "`everlong data synthetic`): accuracy by distance, by chunks between and by the distance's "
-      "residue, which tells what a chunked, strided or decaying memory can reach. The model's "
-      "tokenizer must know blanks and symbols as single tokens: words or bytes.");
+      "residue, which tells what a chunked, strided or decaying memory can reach; for longnet and "
+      "softmax layers also what the arithmetic of their patterns allows. The model's tokenizer "
+      "must "
+      "know blanks and symbols as single tokens: words or bytes.");
   recall_command.model.add(recall);
   recall.option("--lengths N,N,...", recall_command.options.lengths, "tokens of a document");
   recall.option("--documents N", recall_command.options.documents, "of each length");

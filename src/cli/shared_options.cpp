@@ -128,7 +128,7 @@ Result<TokenSource> TextOptions::open(const LoadedModel& loaded) const {
                             "\" (vocabulary ", dataset.info().vocab_size, "); the model reads \"",
                             reads, "\" (", config.vocab_size,
                             "). Prepare the text again with --tokenizer ",
-                            reads.starts_with("tokenizer.json") ? loaded.folder.string() : reads);
+                            reads.starts_with("tokenizer.") ? loaded.folder.string() : reads);
   EVERLONG_ASSIGN(auto view, dataset.split(split));
   return TokenSource(std::move(view));
 }

@@ -31,7 +31,8 @@ struct TokenizeCommand {
                     make_tokenizer(is_name ? tokenizer : fs::absolute(tokenizer).string()));
     EVERLONG_ASSIGN(const std::string text, read_input(file));
     if (decode) {
-      EVERLONG_ASSIGN(const auto ids, parse_ids(text));
+      EVERLONG_ASSIGN(auto ids, parse_ids(text));
+      ids.insert(ids.begin(), made->bod());  // they are a whole text: what opens one is no text
       print(made->decode(ids));
       return {};
     }
@@ -70,8 +71,9 @@ void add_tokenize(Command& data) {
       "Reads a file or the standard input and prints what `data prepare` would make of it. Special "
       "tokens spelled out in the text are plain text.");
   tokenize.positional("FILE", command.file, false, "text, or ids with --decode; -: standard input");
-  tokenize.required_option("-t,--tokenizer NAME", command.tokenizer,
-                           "bytes, words, a tokenizer.json, or a folder that holds one");
+  tokenize.required_option(
+      "-t,--tokenizer NAME", command.tokenizer,
+      "bytes, words, a tokenizer.json or tokenizer.model, or a folder that holds one");
   tokenize.flag("--decode", command.decode, "ids to text");
   tokenize.example("echo 'The list' | everlong data tokenize --tokenizer models/llama");
   tokenize.example(

@@ -69,6 +69,20 @@ Status AtomicFile::write(std::span<const std::byte> bytes) {
   return {};
 }
 
+Status AtomicFile::write_over(std::uint64_t at, std::string_view text) {
+  while (!text.empty()) {
+    const ::ssize_t written =
+        ::pwrite(descriptor_, text.data(), text.size(), static_cast<::off_t>(at));
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      return write_failed(target_);
+    }
+    at += static_cast<std::uint64_t>(written);
+    text.remove_prefix(static_cast<std::size_t>(written));
+  }
+  return {};
+}
+
 Status AtomicFile::commit() {
   if (::fsync(descriptor_) != 0) return write_failed(target_);
   if (::close(std::exchange(descriptor_, -1)) != 0) {

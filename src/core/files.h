@@ -1,6 +1,7 @@
 // Files that are never half-written, and files read through a memory map.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <span>
 #include <string>
@@ -23,6 +24,8 @@ class AtomicFile {
 
   Status write(std::span<const std::byte> bytes);
   Status write(std::string_view text) { return write(std::as_bytes(std::span(text))); }
+  // Over bytes that were written before, from byte `at` on; write() goes on at the end as ever.
+  Status write_over(std::uint64_t at, std::string_view text);
   Status commit();
 
  private:

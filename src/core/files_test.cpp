@@ -49,6 +49,17 @@ TEST_F(Files, AnAbandonedWriteLeavesTheOldContents) {
   EXPECT_EQ(read_file(path).value(), "old");
 }
 
+TEST_F(Files, WritingOverKeepsTheLengthAndTheEnd) {
+  const fs::path path = folder_ / "weights";
+  auto file = AtomicFile::create(path);
+  ASSERT_TRUE(file.ok());
+  ASSERT_TRUE(file->write("head ....").ok());
+  ASSERT_TRUE(file->write_over(5, "data").ok());
+  ASSERT_TRUE(file->write(" end").ok());
+  ASSERT_TRUE(file->commit().ok());
+  EXPECT_EQ(read_file(path).value(), "head data end");
+}
+
 TEST_F(Files, AFolderThatIsNotThereIsNamed) {
   const auto missing = AtomicFile::create(folder_ / "no" / "such" / "folder");
   ASSERT_FALSE(missing.ok());

@@ -1,7 +1,12 @@
 #include "core/safetensors.h"
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include <algorithm>
 #include <bit>
+#include <charconv>
+#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <nlohmann/json.hpp>
@@ -16,6 +21,7 @@ using nlohmann::json;
 
 constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;  // the cap of the published reader
 constexpr std::string_view kMetadata = "__metadata__";
+constexpr const char* kChecksums = "everlong_checksums";  // an entry of the metadata
 
 static_assert(std::endian::native == std::endian::little,
               "tensor data are written as they lie in memory");
@@ -77,6 +83,40 @@ Status read_metadata(const json& object, std::map<std::string, std::string>& met
   return {};
 }
 
+std::string checksum_digits(std::uint64_t checksum) {
+  char text[17];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(checksum));
+  return text;
+}
+
+// Out of the metadata, where they are: a JSON object in a string, as metadata are strings. Every
+// tensor has one, and nothing else does.
+Status take_checksums(SafetensorsContent& content) {
+  const auto found = content.metadata.find(kChecksums);
+  if (found == content.metadata.end()) return {};
+  const auto object = parse_strict_object(found->second, kChecksums);
+  if (!object.ok()) return object.status();
+  for (const auto& [name, value] : object->items()) {
+    const std::string digits = value.is_string() ? value.get<std::string>() : "";
+    std::uint64_t checksum = 0;
+    const auto [end, error] =
+        std::from_chars(digits.data(), digits.data() + digits.size(), checksum, 16);
+    if (error != std::errc() || end != digits.data() + digits.size() ||
+        digits != checksum_digits(checksum))
+      return corrupt(kChecksums, "[\"", name, "\"] = ", value.dump(),
+                     "; 16 hexadecimal digits are needed");
+    if (!content.tensors.contains(name))
+      return corrupt(kChecksums, " names \"", name, "\", which is no tensor of the file");
+    content.checksums[name] = checksum;
+  }
+  for (const auto& [name, entry] : content.tensors)
+    if (!content.checksums.contains(name))
+      return corrupt("tensor \"", name, "\" has no checksum in ", kChecksums,
+                     ", which states those of others");
+  content.metadata.erase(found);
+  return {};
+}
+
 // The tensors, in the order of their data, must follow one another from the first byte to the last.
 Status check_cover(std::vector<Range>& ranges, std::uint64_t data_size) {
   std::ranges::sort(ranges, {},
@@ -106,6 +146,20 @@ Result<std::uint64_t> tensor_bytes(DType dtype, const std::vector<std::int64_t>&
       return corrupt("shape ", shape_text(shape), " does not fit in 64-bit bytes");
   }
   return total;
+}
+
+std::uint64_t tensor_checksum(const std::string& name, const TensorEntry& entry) {
+  XXH3_state_t state;
+  XXH3_64bits_reset(&state);
+  const auto add = [&](std::string_view text) {  // and the zero byte that ends it
+    XXH3_64bits_update(&state, text.data(), text.size());
+    XXH3_64bits_update(&state, "", 1);
+  };
+  add(name);
+  add(info(entry.dtype).safetensors_name);
+  add(shape_text(entry.shape));
+  if (!entry.bytes.empty()) XXH3_64bits_update(&state, entry.bytes.data(), entry.bytes.size());
+  return XXH3_64bits_digest(&state);
 }
 
 Result<SafetensorsContent> parse_safetensors(std::span<const std::byte> bytes) {
@@ -142,6 +196,7 @@ Result<SafetensorsContent> parse_safetensors(std::span<const std::byte> bytes) {
     content.tensors[name] = *std::move(entry);
   }
   EVERLONG_RETURN_IF_ERROR(check_cover(ranges, data.size()));
+  EVERLONG_RETURN_IF_ERROR(take_checksums(content));
   return content;
 }
 
@@ -151,6 +206,56 @@ Result<SafetensorsFile> SafetensorsFile::open(const fs::path& path) {
   if (!content.ok()) return content.status().at(path.string());
   return SafetensorsFile(std::move(file), *std::move(content));
 }
+
+Status SafetensorsFile::verify(const std::string& name) const {
+  const auto stated = content_.checksums.find(name);
+  if (stated == content_.checksums.end()) return {};
+  const std::uint64_t checksum = tensor_checksum(name, content_.tensors.at(name));
+  if (checksum == stated->second) return {};
+  return corrupt(path().string(), ": tensor \"", name, "\" is damaged: its checksum is ",
+                 checksum_digits(checksum), ", and the file says ", checksum_digits(stated->second),
+                 ". Fetch or make the file again");
+}
+
+namespace {
+
+// The header as the file begins with it: its length, JSON, spaces to a multiple of 8. All
+// checksums have as many digits, so the header of a file has one length whatever they are.
+Result<std::string> header_text(const std::vector<const TensorPlan*>& tensors,
+                                std::map<std::string, std::string> metadata,
+                                const std::map<std::string, std::uint64_t>& checksums) {
+  nlohmann::ordered_json header = nlohmann::ordered_json::object();
+  std::string text;
+  try {
+    if (!tensors.empty()) {
+      nlohmann::ordered_json digits = nlohmann::ordered_json::object();
+      for (const auto* tensor : tensors) {
+        const auto known = checksums.find(tensor->name);
+        digits[tensor->name] = checksum_digits(known == checksums.end() ? 0 : known->second);
+      }
+      metadata[kChecksums] = digits.dump();
+    }
+    if (!metadata.empty()) header[std::string(kMetadata)] = metadata;
+    std::uint64_t offset = 0;
+    for (const auto* tensor : tensors) {
+      EVERLONG_ASSIGN(const std::uint64_t bytes, tensor_bytes(tensor->dtype, tensor->shape));
+      header[tensor->name] = {{"dtype", info(tensor->dtype).safetensors_name},
+                              {"shape", tensor->shape},
+                              {"data_offsets", {offset, offset + bytes}}};
+      offset += bytes;
+    }
+    text = header.dump();
+  } catch (const nlohmann::json::exception&) {
+    return invalid_argument("a tensor name or a metadata string is not UTF-8");
+  }
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  const std::uint64_t length = text.size();
+  if (length > kMaxHeaderBytes)
+    return invalid_argument("the header needs ", length, " bytes; at most ", kMaxHeaderBytes);
+  return std::string(reinterpret_cast<const char*>(&length), sizeof length) + text;
+}
+
+}  // namespace
 
 Status write_safetensors(const fs::path& path, const std::vector<TensorPlan>& tensors,
                          const std::map<std::string, std::string>& metadata,
@@ -162,40 +267,26 @@ Status write_safetensors(const fs::path& path, const std::vector<TensorPlan>& te
   std::ranges::stable_sort(order, std::greater{},
                            [](const auto* tensor) { return info(tensor->dtype).bytes; });
 
-  nlohmann::ordered_json header = nlohmann::ordered_json::object();
-  if (!metadata.empty()) header[std::string(kMetadata)] = metadata;
-  std::uint64_t offset = 0;
+  if (metadata.contains(kChecksums))
+    return invalid_argument(path.string(), ": metadata cannot have \"", kChecksums,
+                            "\": it is written with the tensors");
   std::set<std::string_view> names;
   for (const auto* tensor : order) {
     const std::string& name = tensor->name;
     if (name == kMetadata)
       return invalid_argument(path.string(), ": no tensor can be called ", kMetadata);
-    const auto needed = tensor_bytes(tensor->dtype, tensor->shape);
-    if (!needed.ok())
+    if (const auto needed = tensor_bytes(tensor->dtype, tensor->shape); !needed.ok())
       return invalid_argument(path.string(), ": tensor \"", name,
                               "\": ", needed.status().message());
     if (!names.insert(name).second)
       return invalid_argument(path.string(), ": tensor \"", name, "\" is given twice");
-    header[name] = {{"dtype", info(tensor->dtype).safetensors_name},
-                    {"shape", tensor->shape},
-                    {"data_offsets", {offset, offset + *needed}}};
-    offset += *needed;
   }
-  std::string text;
-  try {
-    text = header.dump();
-  } catch (const nlohmann::json::exception&) {
-    return invalid_argument(path.string(), ": a tensor name or a metadata string is not UTF-8");
-  }
-  text.resize((text.size() + 7) / 8 * 8, ' ');
-  const std::uint64_t header_bytes = text.size();
-  if (header_bytes > kMaxHeaderBytes)
-    return invalid_argument(path.string(), ": the header needs ", header_bytes, " bytes; at most ",
-                            kMaxHeaderBytes);
+  const auto first = header_text(order, metadata, {});
+  if (!first.ok()) return first.status().at(path.string());
 
   EVERLONG_ASSIGN(auto file, AtomicFile::create(path));
-  EVERLONG_RETURN_IF_ERROR(file.write(std::as_bytes(std::span(&header_bytes, 1))));
-  EVERLONG_RETURN_IF_ERROR(file.write(text));
+  EVERLONG_RETURN_IF_ERROR(file.write(*first));
+  std::map<std::string, std::uint64_t> checksums;  // known when the data are written, not before
   for (const auto* tensor : order) {
     EVERLONG_ASSIGN(const auto bytes, bytes_of(tensor->name));
     if (bytes.size() != *tensor_bytes(tensor->dtype, tensor->shape))
@@ -204,7 +295,11 @@ Status write_safetensors(const fs::path& path, const std::vector<TensorPlan>& te
                               *tensor_bytes(tensor->dtype, tensor->shape), " bytes; ", bytes.size(),
                               " were given");
     EVERLONG_RETURN_IF_ERROR(file.write(bytes));
+    checksums[tensor->name] = tensor_checksum(tensor->name, {tensor->dtype, tensor->shape, bytes});
   }
+  const auto last = header_text(order, metadata, checksums);
+  if (!last.ok()) return last.status().at(path.string());
+  EVERLONG_RETURN_IF_ERROR(file.write_over(0, *last));
   return file.commit();
 }
 

@@ -27,8 +27,14 @@ struct TensorEntry {
 
 struct SafetensorsContent {
   std::map<std::string, TensorEntry> tensors;
-  std::map<std::string, std::string> metadata;
+  std::map<std::string, std::string> metadata;  // without the checksums
+  // tensor_checksum() of every tensor as the file states it; empty where it states none, as files
+  // of other programs do.
+  std::map<std::string, std::uint64_t> checksums;
 };
+
+// XXH3-64 of name, dtype, shape and data, as docs/formats.md ("Checksums of tensors") says.
+std::uint64_t tensor_checksum(const std::string& name, const TensorEntry& entry);
 
 // Elements times bytes of one; fails where that leaves 64 bits or an extent is negative.
 Result<std::uint64_t> tensor_bytes(DType dtype, const std::vector<std::int64_t>& shape);
@@ -44,6 +50,11 @@ class SafetensorsFile {
 
   const std::map<std::string, TensorEntry>& tensors() const { return content_.tensors; }
   const std::map<std::string, std::string>& metadata() const { return content_.metadata; }
+  // Whether the file states checksums, which everything that write_safetensors() wrote does.
+  bool has_checksums() const { return !content_.checksums.empty(); }
+  // Reads the whole tensor: kCorrupt where it is not what was written. Nothing is known, and
+  // nothing refused, where the file states no checksums. Opening a file verifies no tensor.
+  Status verify(const std::string& name) const;
   const fs::path& path() const { return file_.path(); }
   // The pages of `bytes`, read and done with; see MappedFile.
   void release(std::span<const std::byte> bytes) const { file_.release(bytes); }
@@ -55,14 +66,15 @@ class SafetensorsFile {
   SafetensorsContent content_;
 };
 
-// Written to a temporary, synced, renamed. Refuses a tensor whose bytes do not fit its shape, and
-// text that is not UTF-8.
+// Written to a temporary, synced, renamed, with the checksum of every tensor. Refuses a tensor
+// whose bytes do not fit its shape, text that is not UTF-8, and metadata of the name that the
+// checksums have.
 Status write_safetensors(const fs::path& path, const std::map<std::string, TensorEntry>& tensors,
                          const std::map<std::string, std::string>& metadata);
 
 // The same for tensors that are not all in memory: the file is laid out from the plan, then
-// `bytes_of` is asked for one tensor after the other; what it returns need last only until it is
-// asked again.
+// `bytes_of` is asked for one tensor after the other, once for each; what it returns need last only
+// until it is asked again.
 struct TensorPlan {
   std::string name;
   DType dtype = DType::kFloat32;

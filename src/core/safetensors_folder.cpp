@@ -173,6 +173,10 @@ Result<SafetensorsFolder> SafetensorsFolder::open(const fs::path& folder) {
   return opened;
 }
 
+bool SafetensorsFolder::has_checksums() const {
+  return std::ranges::all_of(files_, [](const auto& file) { return file.has_checksums(); });
+}
+
 Status write_safetensors_folder(const fs::path& folder, const std::vector<TensorPlan>& tensors,
                                 const std::map<std::string, std::string>& metadata,
                                 std::int64_t max_shard_bytes, const TensorBytes& bytes_of,

@@ -25,6 +25,9 @@ class SafetensorsFolder {
   // Of the file, or of the first shard.
   const std::map<std::string, std::string>& metadata() const { return files_.front().metadata(); }
   const std::vector<SafetensorsFile>& files() const { return files_; }
+  // Of every file; see SafetensorsFile.
+  bool has_checksums() const;
+  Status verify(const std::string& name) const { return files_[file_of_.at(name)].verify(name); }
   // The file that says what the folder holds: for messages.
   const fs::path& place() const { return place_; }
   // Frees the memory that reading `bytes` of this tensor (one of tensors()) took.

@@ -236,7 +236,75 @@ TEST(Safetensors, WriterRefusesWhatItCouldNotReadBack) {
   EXPECT_FALSE(write_safetensors(path, {{"__metadata__", {DType::kFloat32, {3}, bytes}}}, {}).ok());
   EXPECT_FALSE(write_safetensors(path, {{"\xFF", {DType::kFloat32, {3}, bytes}}}, {}).ok());
   EXPECT_FALSE(write_safetensors(path, {}, {{"k", "\xFF"}}).ok());
+  EXPECT_FALSE(write_safetensors(path, {}, {{"everlong_checksums", "{}"}}).ok());
   EXPECT_FALSE(fs::exists(path)) << "a refused write left a file";
+}
+
+TEST(Safetensors, AnyChangedByteOfTheDataFailsTheChecksumOfItsTensorAlone) {
+  const Sample sample;
+  const fs::path path = temporary("checksums");
+  const std::string whole = written_bytes(sample);
+  std::uint64_t header = 0;
+  std::memcpy(&header, whole.data(), 8);
+  for (std::size_t at = 8 + header; at < whole.size(); ++at) {
+    std::string bytes = whole;
+    bytes[at] = static_cast<char>(bytes[at] ^ 1);
+    ASSERT_TRUE(write_file(path, bytes).ok());
+    const auto file = SafetensorsFile::open(path);
+    ASSERT_TRUE(file.ok()) << file.status().message();
+    EXPECT_TRUE(file->has_checksums());
+    int refused = 0;
+    for (const auto& [name, entry] : file->tensors()) {
+      const Status status = file->verify(name);
+      if (status.ok()) continue;
+      ++refused;
+      EXPECT_EQ(status.code(), StatusCode::kCorrupt);
+      EXPECT_NE(status.message().find(cat(path.string(), ": tensor \"", name, "\" is damaged")),
+                std::string::npos)
+          << status.message();
+    }
+    EXPECT_EQ(refused, 1) << "byte " << at;
+  }
+  fs::remove(path);
+}
+
+TEST(Safetensors, ChecksumsAreXxh3OfNameDtypeShapeAndData) {
+  // XXH3-64 of "a\0F32\0[3]\0" and the twelve bytes, by the xxhash package of Python: a formula
+  // that changes would refuse every file written before.
+  const std::vector<float> values = {1, 2, 3};
+  const TensorEntry entry{DType::kFloat32, {3}, std::as_bytes(std::span(values))};
+  EXPECT_EQ(tensor_checksum("a", entry), 0xeb673984391f0083u);
+  EXPECT_NE(tensor_checksum("b", entry), tensor_checksum("a", entry));
+  EXPECT_NE(tensor_checksum("a", {DType::kInt32, {3}, entry.bytes}), tensor_checksum("a", entry));
+  EXPECT_NE(tensor_checksum("a", {DType::kFloat32, {1, 3}, entry.bytes}),
+            tensor_checksum("a", entry));
+}
+
+TEST(Safetensors, FilesWithoutChecksumsAreReadAndSayNothingOfTheirData) {
+  const fs::path path = temporary("published");
+  const auto bytes = file_of(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", "abcd");
+  ASSERT_TRUE(write_file(path, {reinterpret_cast<const char*>(bytes.data()), bytes.size()}).ok());
+  const auto file = SafetensorsFile::open(path);
+  ASSERT_TRUE(file.ok()) << file.status().message();
+  EXPECT_FALSE(file->has_checksums());
+  EXPECT_TRUE(file->verify("a").ok());
+  fs::remove(path);
+}
+
+TEST(Safetensors, ChecksumsThatDoNotFitTheTensorsAreRefused) {
+  const auto header = [](std::string_view checksums) {
+    return cat(R"({"__metadata__":{"everlong_checksums":")", checksums,
+               R"("},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})");
+  };
+  const std::string digits = "0123456789abcdef";
+  EXPECT_TRUE(parse_safetensors(file_of(header(cat(R"({\"a\":\")", digits, R"(\"})")), "x")).ok());
+  expect_refused(header("{}"), "x", "tensor \"a\" has no checksum");
+  expect_refused(header("nonsense"), "x", "everlong_checksums");
+  expect_refused(header(R"({\"a\":7})"), "x", "16 hexadecimal digits are needed");
+  expect_refused(header(R"({\"a\":\"0123456789ABCDEF\"})"), "x",
+                 "16 hexadecimal digits are needed");
+  expect_refused(header(cat(R"({\"a\":\")", digits, R"(\",\"b\":\")", digits, R"(\"})")), "x",
+                 "\"b\", which is no tensor");
 }
 
 TEST(Safetensors, AFailedWriteLeavesTheOldFile) {

@@ -310,6 +310,7 @@ Status TokenDataset::verify() const {
       std::vector<std::int32_t> targets(tokens);
       std::vector<float> weights(tokens);
       const TargetsFile& file = split.data_->targets[s];
+      EVERLONG_RETURN_IF_ERROR(file.verify());
       EVERLONG_RETURN_IF_ERROR(file.read(0, info_.vocab_size, targets, weights));
       if (file.has_writes()) EVERLONG_RETURN_IF_ERROR(file.read_writes(0, weights));
     }

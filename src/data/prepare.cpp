@@ -174,7 +174,7 @@ Result<PrepareReport> prepare(const std::vector<fs::path>& paths, const fs::path
                       {}};
     EVERLONG_RETURN_IF_ERROR(write_documents(files, documents, *tokenizer, staging.path(),
                                              options.shard_tokens, report));
-    if (tokenizer->name().starts_with("tokenizer.json"))
+    if (tokenizer->name().starts_with("tokenizer."))
       EVERLONG_RETURN_IF_ERROR(copy_tokenizer_files(options.tokenizer, out));
     return install_dataset(staging.path(), out, report.dataset);
   }();

@@ -94,6 +94,11 @@ Status TargetsFile::read(std::int64_t position, std::int64_t vocab_size,
   return check(targets, weights, vocab_size).at(file_.path().string());
 }
 
+Status TargetsFile::verify() const {
+  for (const auto& [name, entry] : file_.tensors()) EVERLONG_RETURN_IF_ERROR(file_.verify(name));
+  return {};
+}
+
 bool TargetsFile::has_writes() const { return file_.metadata().at("format") == kFormatWithWrites; }
 
 Status TargetsFile::read_writes(std::int64_t position, std::span<float> writes) const {

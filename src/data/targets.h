@@ -26,6 +26,9 @@ class TargetsFile {
   // vocabulary and weights that are negative or no numbers.
   Status read(std::int64_t position, std::int64_t vocab_size, std::span<std::int32_t> targets,
               std::span<float> weights) const;
+  // Reads all of it: kCorrupt where it is not what was written (files of earlier versions cannot
+  // tell).
+  Status verify() const;
   bool has_writes() const;
   // The same for how often each token is stored; only where there are writes.
   Status read_writes(std::int64_t position, std::span<float> writes) const;

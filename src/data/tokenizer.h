@@ -36,13 +36,15 @@ class Tokenizer {
 
 // "bytes": ids 0-255 are the bytes, 256 end of document, 257 begin of document, 258 pad.
 // "words": the closed vocabulary of the synthetic tasks, data/word_tokenizer.h.
-// "published", and "tokenizer.json HASH" as datasets and models record it: tokenizer.json in
-// `folder`, which has to be the file of that hash. A path to such a file, or to a folder with one.
+// "published": what `folder` has, tokenizer.json or tokenizer.model. "tokenizer.json HASH" and
+// "tokenizer.model HASH", as datasets and models record it: that file in `folder`, which has to be
+// the one of that hash. A path to such a file, or to a folder with one.
 Result<std::unique_ptr<Tokenizer>> make_tokenizer(std::string_view name,
                                                   const fs::path& folder = {});
 
-// What make_tokenizer needs besides the name: copies tokenizer.json and what belongs to it, where
-// `from` (a folder, or the file itself) has them. Datasets and models carry their own copy.
+// What make_tokenizer needs besides the name: copies tokenizer.json or .model and what belongs to
+// it, where `from` (a folder, or the file itself) has them. Datasets and models carry their own
+// copy.
 Status copy_tokenizer_files(const fs::path& from, const fs::path& to_folder);
 
 }  // namespace everlong

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "eval/op_gate.h"
+#include "eval/released_longnet.h"
 #include "eval/timing.h"
 #include "ops/runtime.h"
 
@@ -103,8 +104,9 @@ Result<std::function<void()>> sdpa_work(const OpBenchCase& wanted) {
 }
 
 Result<std::function<void()>> baseline_work(const Operator& op, const OpBenchCase& wanted,
-                                            const OpCall& call) {
+                                            std::string_view timed_form, const OpCall& call) {
   if (wanted.baseline == "sdpa") return sdpa_work(wanted);
+  if (wanted.baseline == "released") return released_longnet_work(op, timed_form, call);
   if (wanted.baseline == "naive" && wanted.pass != "step" && wanted.shape.tokens > kMostNaiveTokens)
     return invalid_argument("baseline naive holds [T, T] weights; it is offered up to ",
                             kMostNaiveTokens, " tokens");
@@ -191,7 +193,7 @@ Result<OpBenchResult> bench_op(const OpBenchCase& wanted, const Ceilings& ceilin
     synchronize(wanted.device);
   }};
   if (wanted.baseline != "none") {
-    EVERLONG_ASSIGN(auto work, baseline_work(*op, wanted, call));
+    EVERLONG_ASSIGN(auto work, baseline_work(*op, wanted, form, call));
     works.push_back(std::move(work));
   }
   const auto times = measure_in_turns(works);

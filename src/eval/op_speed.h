@@ -13,8 +13,8 @@ struct OpBenchCase {
   std::string form = "auto";  // "auto": the kernel of the device where there is one, else composite
   // "forward"; "train": forward and backward; "step": one token after `shape.tokens` tokens.
   std::string pass = "forward";
-  std::string baseline =
-      "composite";  // "composite", "naive", "sdpa" (torch's softmax attention, same shapes), "none"
+  std::string baseline = "composite";  // "composite", "naive", "sdpa" (torch's softmax attention,
+                                       // same shapes), "released" (released_longnet.h), "none"
   at::Device device = at::kCPU;
   at::ScalarType dtype = at::kFloat;
   OpShape shape;

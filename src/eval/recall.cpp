@@ -12,10 +12,12 @@ namespace {
 constexpr std::uint64_t kFirstDocument = std::uint64_t{1} << 63;  // none of a dataset's
 
 // The group with this begin, made where it is not there yet; groups stay in order.
-void add(std::vector<RecallGroup>& groups, std::int64_t begin, std::int64_t end, bool right) {
+void add(std::vector<RecallGroup>& groups, std::int64_t begin, std::int64_t end, bool right,
+         bool connected) {
   auto at = std::ranges::lower_bound(groups, begin, {}, &RecallGroup::begin);
-  if (at == groups.end() || at->begin != begin) at = groups.insert(at, {begin, end, {}});
+  if (at == groups.end() || at->begin != begin) at = groups.insert(at, {begin, end, {}, 0});
   at->right.add(right);
+  at->connected += connected ? 1 : 0;
 }
 
 Status check(const RecallOptions& options) {
@@ -35,6 +37,8 @@ Status read(TextReader& reader, const SyntheticDocument& document, const RecallO
                                           [](std::int32_t target) { return target != kNoTarget; });
   if (asked == document.targets.end()) return {};
   const std::int64_t place = std::ranges::find(document.ids, *asked) - document.ids.begin();
+  std::vector<std::int64_t> layers;
+  if (options.layers_from) layers = options.layers_from(place, std::ssize(document.ids));
   reader.reset();
   std::size_t fed = 0;
   for (std::size_t i = 0; i < document.ids.size(); ++i) {
@@ -46,28 +50,49 @@ Status read(TextReader& reader, const SyntheticDocument& document, const RecallO
     const auto at = static_cast<std::int64_t>(i), distance = at - place;
     const auto power =
         static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(distance)));
+    const bool connected = !layers.empty() && layers[i] >= 0;
     row.right.add(right);
-    add(row.distances, power, 2 * power, right);
+    row.connected += connected ? 1 : 0;
+    add(row.distances, power, 2 * power, right, connected);
+    if (!layers.empty()) add(row.layers, layers[i], layers[i] + 1, right, connected);
     if (options.chunk > 0) {
       const std::int64_t apart = at / options.chunk - place / options.chunk;
-      add(row.chunks, apart, apart + 1, right);
+      add(row.chunks, apart, apart + 1, right, connected);
     }
     if (options.modulus > 0) {
       const std::int64_t residue = distance % options.modulus;
-      add(row.residues, residue, residue + 1, right);
+      add(row.residues, residue, residue + 1, right, connected);
     }
   }
   return {};
 }
 
-nlohmann::ordered_json to_json(const std::vector<RecallGroup>& groups) {
+void predict(nlohmann::ordered_json& object, const RecallOptions& options, std::int64_t connected,
+             const Proportion& right) {
+  if (!options.layers_from) return;
+  object["connected"] = connected;
+  object["predicted"] = predicted_share(connected, right.trials, options.task.symbols);
+}
+
+nlohmann::ordered_json to_json(const std::vector<RecallGroup>& groups,
+                               const RecallOptions& options) {
   auto out = nlohmann::ordered_json::array();
-  for (const auto& group : groups)
-    out.push_back({{"begin", group.begin}, {"end", group.end}, {"right", to_json(group.right)}});
+  for (const auto& group : groups) {
+    nlohmann::ordered_json object = {
+        {"begin", group.begin}, {"end", group.end}, {"right", to_json(group.right)}};
+    predict(object, options, group.connected, group.right);
+    out.push_back(std::move(object));
+  }
   return out;
 }
 
 }  // namespace
+
+double predicted_share(std::int64_t connected, std::int64_t questions, std::int64_t symbols) {
+  if (questions == 0) return 0;
+  const auto reached = static_cast<double>(connected) / static_cast<double>(questions);
+  return reached + (1 - reached) / static_cast<double>(symbols);
+}
 
 Result<RecallReport> recall(TextReader& reader, const Tokenizer& tokenizer,
                             const RecallOptions& options, const RecallProgress& progress) {
@@ -103,9 +128,11 @@ nlohmann::ordered_json to_json(const RecallReport& report) {
   for (const auto& row : report.rows) {
     nlohmann::ordered_json object = {{"length", row.length},
                                      {"right", to_json(row.right)},
-                                     {"distances", to_json(row.distances)}};
-    if (options.chunk > 0) object["chunks"] = to_json(row.chunks);
-    if (options.modulus > 0) object["residues"] = to_json(row.residues);
+                                     {"distances", to_json(row.distances, options)}};
+    predict(object, options, row.connected, row.right);
+    if (options.chunk > 0) object["chunks"] = to_json(row.chunks, options);
+    if (options.modulus > 0) object["residues"] = to_json(row.residues, options);
+    if (options.layers_from) object["layers"] = to_json(row.layers, options);
     rows.push_back(std::move(object));
   }
   return {{"task", "recall"},

@@ -19,11 +19,16 @@ struct RecallOptions {
       0;  // group questions by how many chunks of so many tokens lie between; 0: not
   std::int64_t modulus = 0;  // group them by their distance modulo so many tokens; 0: not
   std::uint64_t seed = 1;
+  // For a symbol's place and a length: through how many layers it must pass to come to each
+  // position, -1 where it cannot (AttentionReach::layers_from). Absent: nothing is predicted.
+  std::function<std::vector<std::int64_t>(std::int64_t place, std::int64_t tokens)> layers_from =
+      {};
 };
 
 struct RecallGroup {
-  std::int64_t begin = 0, end = 0;  // distances [begin, end), chunks apart or residues
+  std::int64_t begin = 0, end = 0;  // distances [begin, end), chunks apart, residues or layers
   Proportion right;
+  std::int64_t connected = 0;  // questions that the symbol can come to
 };
 
 struct RecallRow {
@@ -34,7 +39,13 @@ struct RecallRow {
   std::vector<RecallGroup> distances;  // 1-1, 2-3, 4-7, ... tokens from the symbol to the question
   std::vector<RecallGroup> chunks;     // 0 (the same chunk), 1, 2, ... chunks apart
   std::vector<RecallGroup> residues;   // of the distance
+  std::vector<RecallGroup> layers;     // that the symbol must pass to come there; -1: it cannot
+  std::int64_t connected = 0;
 };
+
+// What the arithmetic allows of so many questions: those that the symbol comes to, and of the
+// others one in `symbols` by guessing.
+double predicted_share(std::int64_t connected, std::int64_t questions, std::int64_t symbols);
 
 struct RecallReport {
   RecallOptions options;

@@ -83,6 +83,31 @@ TEST(Recall, ChunksAreCountedBetweenSymbolAndQuestion) {
   }
 }
 
+// A window of 32 asked with the reach of a window of 32: right is what was connected, nothing else.
+TEST(Recall, PredictsWhatTheReachConnects) {
+  Window reader(32);
+  RecallOptions options{.lengths = {200}, .documents = 20};
+  options.layers_from = [](std::int64_t place, std::int64_t tokens) {
+    std::vector<std::int64_t> layers(static_cast<std::size_t>(tokens), -1);
+    for (std::int64_t at = place; at < std::min(tokens, place + 32); ++at)
+      layers[static_cast<std::size_t>(at)] = at == place ? 0 : 1;
+    return layers;
+  };
+  const auto report = *recall(reader, *make_word_tokenizer(), options);
+  const auto& row = report.rows[0];
+  EXPECT_EQ(row.connected, row.right.successes);
+  for (const auto& group : row.distances) EXPECT_EQ(group.connected, group.right.successes);
+  ASSERT_EQ(row.layers.size(), 2u);
+  EXPECT_EQ(row.layers[0].begin, -1);
+  EXPECT_EQ(row.layers[0].right.successes, 0);
+  EXPECT_EQ(row.layers[1].right.successes, row.layers[1].right.trials);
+  EXPECT_EQ(predicted_share(0, 10, 8), 0.125);
+  EXPECT_EQ(predicted_share(5, 10, 2), 0.75);
+  const auto json = to_json(report);
+  EXPECT_EQ(json["rows"][0]["connected"], row.connected);
+  EXPECT_EQ(json["rows"][0]["layers"].size(), 2u);
+}
+
 TEST(Recall, StopsAndRefuses) {
   Window reader(5);
   const auto words = make_word_tokenizer();

@@ -60,8 +60,10 @@ Result<std::shared_ptr<Decoder>> load_model(const fs::path& folder, at::Device d
   EVERLONG_ASSIGN(const auto reader,
                   WeightReader::open(std::move(source), *model, about.published));
   const at::NoGradGuard off;
-  for (auto [name, parameter] : parameters_of(*model))
-    parameter.set_data(reader.read(name, device, dtype));
+  for (auto [name, parameter] : parameters_of(*model)) {
+    EVERLONG_ASSIGN(const at::Tensor read, reader.read(name, device, dtype));
+    parameter.set_data(read);
+  }
   // Buffers and whatever else a layer moves; their dtypes are the layer's business.
   model->to(device);
   return model;

@@ -25,7 +25,8 @@ Result<FolderConfig> read_config(const fs::path& folder);
 
 // Builds the decoder of config.json and fills it, tensor by tensor: beside the model, memory holds
 // one tensor, whatever the size of the folder. Every parameter must be in the files with its shape,
-// and every tensor of the files must be a parameter; the message names the first that is not.
+// and every tensor of the files must be a parameter; the message names the first that is not. So
+// does that of a tensor which does not fit the checksum in its file (published files have none).
 // Weights are converted to `dtype`. `edit`, where given, changes the config before the decoder is
 // built: settings that only inference knows. What changes a weight's shape is refused when the
 // weights are read.

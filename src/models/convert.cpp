@@ -194,7 +194,8 @@ Result<ConvertReport> convert_model(const fs::path& from, const fs::path& to,
       plain = at::full(gate.sizes(), start, options.dtype.value_or(at::kFloat));
       return std::span(static_cast<const std::byte*>(plain.const_data_ptr()), plain.nbytes());
     }
-    plain = reader.read(name, at::kCPU, options.dtype.value_or(to_scalar_type(reader.dtype(name))));
+    EVERLONG_ASSIGN(plain, reader.read(name, at::kCPU,
+                                       options.dtype.value_or(to_scalar_type(reader.dtype(name)))));
     return std::span(static_cast<const std::byte*>(plain.const_data_ptr()), plain.nbytes());
   };
   EVERLONG_RETURN_IF_ERROR(

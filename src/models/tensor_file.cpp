@@ -60,7 +60,10 @@ Status save_tensors(const fs::path& path, const TensorMap& tensors,
 Result<TensorFile> load_tensors(const fs::path& path) {
   EVERLONG_ASSIGN(const auto file, SafetensorsFile::open(path));
   TensorFile loaded;
-  for (const auto& [name, entry] : file.tensors()) loaded.tensors[name] = to_tensor(entry);
+  for (const auto& [name, entry] : file.tensors()) {
+    EVERLONG_RETURN_IF_ERROR(file.verify(name));
+    loaded.tensors[name] = to_tensor(entry);
+  }
   loaded.metadata = file.metadata();
   return loaded;
 }

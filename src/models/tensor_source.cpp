@@ -1,6 +1,8 @@
 #include "models/tensor_source.h"
 
+#include <mutex>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "core/process.h"
 #include "core/safetensors_folder.h"
@@ -20,18 +22,31 @@ class SafetensorsSource final : public TensorSource {
     metadata_ = folder_.metadata();
     place_ = folder_.place();
   }
+  Status verify(const std::string& name) const override {
+    {
+      const std::lock_guard lock(mutex_);
+      if (verified_.contains(name)) return {};
+    }
+    EVERLONG_RETURN_IF_ERROR(folder_.verify(name));
+    const std::lock_guard lock(mutex_);
+    verified_.insert(name);
+    return {};
+  }
   void release(const std::string& name, std::span<const std::byte> bytes) const override {
     folder_.release(name, bytes);
   }
 
  private:
   SafetensorsFolder folder_;
+  mutable std::mutex mutex_;
+  mutable std::set<std::string> verified_;  // tensors that many parameters are parts of: once
 };
 
 class PickledSource final : public TensorSource {
  public:
   // `index` as pickle_index.py prints it.
   static Result<std::unique_ptr<TensorSource>> make(const fs::path& folder, const json& index);
+  Status verify(const std::string&) const override { return {}; }
   void release(const std::string& name, std::span<const std::byte> bytes) const override {
     files_[file_of_.at(name)].release(bytes);
   }

@@ -26,6 +26,9 @@ class TensorSource {
   const std::map<std::string, StoredTensor>& tensors() const { return tensors_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   const fs::path& place() const { return place_; }  // for messages
+  // kCorrupt where the whole tensor is not what was written, as far as its file can say it: ours
+  // state checksums, others do not. Reads the tensor the first time. Thread safe.
+  virtual Status verify(const std::string& name) const = 0;
   // Frees the memory that reading `bytes` of one of the tensors took.
   virtual void release(const std::string& name, std::span<const std::byte> bytes) const = 0;
 

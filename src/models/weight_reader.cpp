@@ -102,9 +102,10 @@ DType WeightReader::dtype(const std::string& parameter) const {
   return slices_.at(parameter).tensor->dtype;
 }
 
-at::Tensor WeightReader::read(const std::string& parameter, at::Device device,
-                              at::ScalarType dtype) const {
+Result<at::Tensor> WeightReader::read(const std::string& parameter, at::Device device,
+                                      at::ScalarType dtype) const {
   const Slice& slice = slices_.at(parameter);
+  EVERLONG_RETURN_IF_ERROR(source_->verify(slice.name));
   const StoredTensor& stored = *slice.tensor;
   const at::ScalarType type = to_scalar_type(stored.dtype);
   const std::size_t width = info(stored.dtype).bytes;

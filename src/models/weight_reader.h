@@ -15,9 +15,11 @@ class WeightReader {
   static Result<WeightReader> open(std::unique_ptr<TensorSource> source, const Decoder& model,
                                    bool published);
 
-  // A copy, contiguous. It is made straight from the map and the pages of the file are freed: a
-  // loop over all parameters needs memory for one besides what it keeps.
-  at::Tensor read(const std::string& parameter, at::Device device, at::ScalarType dtype) const;
+  // A copy, contiguous, of a tensor that fits its checksum, where its file states one. It is made
+  // straight from the map and the pages of the file are freed: a loop over all parameters needs
+  // memory for one besides what it keeps.
+  Result<at::Tensor> read(const std::string& parameter, at::Device device,
+                          at::ScalarType dtype) const;
   DType dtype(const std::string& parameter) const;
   const TensorSource& source() const { return *source_; }
 

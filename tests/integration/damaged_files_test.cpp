@@ -10,9 +10,12 @@
 #include <functional>
 #include <random>
 
+#include "core/process.h"
 #include "data/prepare.h"
 #include "data/tokenizer_json.h"
+#include "mechanisms/landmark/kernel_pages_file.h"
 #include "models/checkpoint.h"
+#include "models/convert.h"
 #include "session/stream.h"
 #include "support/small_models.h"
 #include "train/checkpoint_file.h"
@@ -23,7 +26,7 @@ namespace {
 
 enum class Rule {
   kExact,    // a checksum: what is loaded is what was written
-  kNumbers,  // no checksum (safetensors of the field): names, shapes and dtypes are what they were
+  kNumbers,  // no checksum, or none that this reader looks at: names, shapes, dtypes as they were
   kText,     // text that people edit: whatever reads as valid counts
 };
 
@@ -31,7 +34,7 @@ struct Kind {
   const char* name;
   std::string file;  // in the folder below
   Rule rule;
-  // What was loaded, as text. For kNumbers names, shapes and dtypes alone.
+  // What was loaded, as text. For kNumbers without the numbers.
   std::function<Result<std::string>(const fs::path& folder)> load;
 };
 
@@ -40,16 +43,34 @@ std::string text_of(const at::Tensor& tensor) {
   return {static_cast<const char*>(plain.const_data_ptr()), plain.nbytes()};
 }
 
-std::string structure(const Decoder& model) {
+Result<std::string> load_weights(const fs::path& folder) {
+  EVERLONG_ASSIGN(const auto model, load_model(folder, at::kCPU, at::kFloat));
   std::string text;
-  for (const auto& entry : model.named_parameters())
-    text += cat(entry.key(), " ", entry.value().sizes(), " ", entry.value().scalar_type(), "\n");
+  for (const auto& entry : model->named_parameters())
+    text += cat(entry.key(), entry.value().sizes(), entry.value().scalar_type(),
+                text_of(entry.value()), "\n");
   return text;
 }
 
-Result<std::string> load_weights(const fs::path& folder) {
-  EVERLONG_ASSIGN(const auto model, load_model(folder, at::kCPU, at::kFloat));
-  return structure(*model);
+// As `convert` reads them: by Python's own library, without checksums of tensors.
+Result<std::string> load_pickles(const fs::path& folder) {
+  const TemporaryFolder out("damaged_pickles");
+  EVERLONG_ASSIGN(const auto report, convert_model(folder, out.path(), {}));
+  return cat(report.parameters, " parameters in ", report.tensors, " tensors");
+}
+
+landmark::PageShape page_shape() { return {.block = 8, .key_dim = 5, .value_dim = 3}; }
+
+Result<std::string> load_pages(const fs::path& file,
+                               const std::vector<landmark::PageFile::Place>& places) {
+  EVERLONG_ASSIGN(auto pages, landmark::PageFile::open(file, page_shape()));
+  std::string text;
+  std::vector<std::byte> page(static_cast<std::size_t>(page_shape().page_bytes()));
+  for (const auto& place : places) {
+    EVERLONG_RETURN_IF_ERROR(pages.read(place, page));
+    text.append(reinterpret_cast<const char*>(page.data()), page.size());
+  }
+  return text;
 }
 
 Result<std::string> load_stream(const std::shared_ptr<Decoder>& model, const fs::path& file) {
@@ -92,12 +113,17 @@ Result<std::string> load_dataset(const fs::path& folder) {
   return dataset.info().tokenizer;
 }
 
-Result<std::string> load_targets(const fs::path& file) {
+// As `data info --verify` reads them, or as a training does.
+Result<std::string> load_targets(const fs::path& file, bool verify) {
   EVERLONG_ASSIGN(const auto targets, TargetsFile::open(file, 50));
+  if (verify) EVERLONG_RETURN_IF_ERROR(targets.verify());
   std::vector<std::int32_t> ids(50);
   std::vector<float> weights(50);
   EVERLONG_RETURN_IF_ERROR(targets.read(0, 19, ids, weights));
-  return std::string("targets and weights");
+  std::string text = "targets and weights";
+  if (verify)
+    for (std::size_t i = 0; i < 50; ++i) text += cat(" ", ids[i], " ", weights[i]);
+  return text;
 }
 
 Result<std::string> load_tokenizer(std::string_view name, const fs::path& folder) {
@@ -126,6 +152,20 @@ class DamagedFiles : public testing::Test {
                                  {{{"a", at::arange(40)}, {"b", at::rand({3, 5})}},
                                   {{"step", "12"}, {"note", "as it was"}}})
                     .ok());
+    fs::create_directories(root / "pickles");
+    for (const char* name : {"config.json", "model.safetensors"})
+      fs::copy_file(root / "whole" / name, root / "pickles" / name);
+    const auto pickled =
+        run_process({.command = {"python3", EVERLONG_TEST_DATA "/support/make_pickles.py",
+                                 (root / "pickles").string()}});
+    ASSERT_TRUE(pickled.ok() && pickled->exit_code == 0) << pickled->errors;
+    auto paged = landmark::PageFile::open(root / "store.pages", page_shape());
+    ASSERT_TRUE(paged.ok()) << paged.status().message();
+    for (int block = 0; block < 4; ++block) {
+      const std::vector<std::byte> page(static_cast<std::size_t>(page_shape().page_bytes()),
+                                        static_cast<std::byte>(block + 1));
+      pages.push_back(*paged->append(block, 0, page));
+    }
     ASSERT_TRUE(make_directories(root / "text").ok());
     for (int i = 0; i < 6; ++i)
       ASSERT_TRUE(write_file(root / "text" / cat(i, ".txt"), cat("stream ", i * 7919, "\n")).ok());
@@ -149,8 +189,10 @@ class DamagedFiles : public testing::Test {
       return [part, load](const fs::path& folder) { return load(folder / part); };
     };
     return {
-        {"weights", "whole/model.safetensors", Rule::kNumbers, in("whole", load_weights)},
-        {"weights_in_shards", first_shard, Rule::kNumbers, in("shards", load_weights)},
+        {"weights", "whole/model.safetensors", Rule::kExact, in("whole", load_weights)},
+        {"weights_in_shards", first_shard, Rule::kExact, in("shards", load_weights)},
+        {"weights_in_pickles", "pickles/pytorch_model.bin", Rule::kNumbers,
+         in("pickles", load_pickles)},
         {"index_of_shards", "shards/model.safetensors.index.json", Rule::kText,
          in("shards", load_weights)},
         {"config", "whole/config.json", Rule::kText, in("whole", load_weights)},
@@ -168,7 +210,12 @@ class DamagedFiles : public testing::Test {
         {"shard_unverified", "tokens/train-00000.tokens", Rule::kNumbers,
          in("tokens", load_dataset)},
         {"dataset", "tokens/dataset.json", Rule::kText, in("tokens", load_dataset)},
-        {"targets", "targets.safetensors", Rule::kNumbers, in("targets.safetensors", load_targets)},
+        {"targets", "targets.safetensors", Rule::kExact,
+         in("targets.safetensors", [](const fs::path& file) { return load_targets(file, true); })},
+        {"targets_unverified", "targets.safetensors", Rule::kNumbers,
+         in("targets.safetensors", [](const fs::path& file) { return load_targets(file, false); })},
+        {"pages", "store.pages", Rule::kExact,
+         in("store.pages", [](const fs::path& file) { return load_pages(file, pages); })},
         {"tokenizer", "tokenizer/tokenizer.json", Rule::kExact,
          in("tokenizer",
             [](const fs::path& folder) { return load_tokenizer(tokenizer_name, folder); })},
@@ -187,6 +234,7 @@ class DamagedFiles : public testing::Test {
   static inline const TemporaryFolder scratch{"damaged_files"};
   static inline std::shared_ptr<Decoder> model;
   static inline std::string tokenizer_name, first_shard;
+  static inline std::vector<landmark::PageFile::Place> pages;
 };
 
 int damages() {
@@ -238,7 +286,7 @@ TEST_F(DamagedFiles, AreRefusedOrLoadAsTheRulesSay) {
       }
     }
     ASSERT_TRUE(write_file(path, *whole).ok());
-    std::printf("%-18s %5d damages: %5d refused, %5d as before, %5d other text\n", kind.name,
+    std::printf("%-19s %5d damages: %5d refused, %5d as before, %5d other text\n", kind.name,
                 damages(), refused, same, other);
     EXPECT_GT(refused, 0);
     EXPECT_EQ(kind.load(scratch.path()).ok(), true) << "the original is not read any more";
