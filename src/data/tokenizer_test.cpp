@@ -40,7 +40,7 @@ TEST(Tokenizer, UnknownNameSaysWhatIsKnown) {
   ASSERT_FALSE(result.ok());
   EXPECT_EQ(result.status().message(),
             "tokenizer \"byte\" is not known; known: bytes, words, or a path to a "
-            "tokenizer.json");
+            "tokenizer.json or a tokenizer.model");
 }
 
 }  // namespace

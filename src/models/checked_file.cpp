@@ -76,6 +76,8 @@ Result<TensorFile> read_checked(const fs::path& path, const std::string& format,
   ContentChecksum checksum;
   checksum.metadata(content.metadata);
   for (const auto& [name, entry] : file.tensors()) {
+    // Its own checksum is no part of the file's: a digit of it may be what is damaged.
+    EVERLONG_RETURN_IF_ERROR(file.verify(name));
     checksum.tensor(name, entry.dtype, entry.shape, entry.bytes.data(), entry.bytes.size());
     content.tensors[name] = to_tensor(entry);
   }
