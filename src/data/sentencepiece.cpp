@@ -97,8 +97,8 @@ Result<PieceLibrary> PieceLibrary::open() {
 
 // Never closed: its objects may live as long as the process.
 const Result<PieceLibrary>& sentencepiece_library() {
-  static const Result<PieceLibrary> library = PieceLibrary::open();
-  return library;
+  static const Result<PieceLibrary> kLibrary = PieceLibrary::open();
+  return kLibrary;
 }
 
 class SentencePiece final : public Tokenizer {
