@@ -58,6 +58,7 @@ Status OpCommand::run() {
   Table table({"tokens", "ms", "min", "max", "tokens/s", cat(wanted.baseline, " ms"), "ratio",
                "of ceiling", "error"});
   Status status;
+  wanted.short_tokens = lengths.empty() ? 0 : lengths.front();
   for (const auto tokens : lengths) {
     wanted.shape.tokens = tokens;
     EVERLONG_ASSIGN(const auto result, bench_op(wanted, ceilings));
@@ -124,10 +125,9 @@ void add_bench(Command& program) {
   Command op = bench.subcommand(
       "op", "Time one operator of a mechanism",
       "Times one operator over sequence lengths. Before a case is timed its result is compared "
-      "with float64; a wrong "
-      "result has no speed: then only the error is printed and the exit code is 1. The baseline is "
-      "timed in turns with "
-      "it. Ceilings (a large matrix product, a large copy) are measured in the same process.");
+      "with float64; a wrong result has no speed: then only the error is printed and the exit code "
+      "is 1. The baseline is timed in turns with it. Ceilings (a large matrix product, a large "
+      "copy) are measured in the same process.");
   op.option("--mechanism NAME", op_command.wanted.mechanism, "see everlong info");
   op.option("--kind NAME", op_command.wanted.kind, "operator of the mechanism; default: its first");
   op.option("--form NAME", op_command.wanted.form,
@@ -135,9 +135,11 @@ void add_bench(Command& program) {
   op.choice("--pass", op_command.wanted.pass, {"forward", "train", "step"},
             "train: forward and backward; step: one token after so many");
   op.choice(
-      "--baseline", op_command.wanted.baseline, {"composite", "naive", "sdpa", "released", "none"},
+      "--baseline", op_command.wanted.baseline,
+      {"composite", "naive", "sdpa", "released", "short", "none"},
       "sdpa: torch's softmax attention over the same shapes; released (longnet): the published "
-      "code's steps in tensor operations around it");
+      "code's steps in tensor operations around it; short: the same tokens in sequences of the "
+      "first length, so a ratio of 1 says that a token's cost does not grow");
   op.option("--lengths N,N,...", op_command.lengths, "tokens of a sequence");
   op.option("--batch N", op_command.batch, "sequences at once");
   op.option("--heads N", op_command.heads, "query heads");

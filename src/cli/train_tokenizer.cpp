@@ -44,8 +44,7 @@ void add_train_tokenizer(Command& data) {
   static TrainTokenizerCommand command;
   Command train = data.subcommand(
       "train-tokenizer", "Make a vocabulary from text files",
-      "Trains a byte-level BPE with GPT-2's pattern, so every text can be said and comes back as "
-      "it "
+      "Trains a byte-level BPE with GPT-2's pattern: every text can be said, and comes back as it "
       "was. The work is done by the tokenizers package of Python; without it the message says how "
       "to install it.");
   train.positional("PATH", command.paths, true, "text files, or folders of them");

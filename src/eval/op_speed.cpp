@@ -103,9 +103,29 @@ Result<std::function<void()>> sdpa_work(const OpBenchCase& wanted) {
   });
 }
 
+Result<std::function<void()>> short_work(const Operator& op, const OpBenchCase& wanted,
+                                         std::string_view timed_form) {
+  const std::int64_t all = wanted.shape.tokens, each = wanted.short_tokens;
+  if (wanted.pass == "step" || each < 1 || all % each != 0)
+    return invalid_argument(
+        "baseline short cuts the tokens of a forward or train pass into equal "
+        "sequences: ",
+        all, " tokens in sequences of ", each, wanted.pass == "step" ? " with pass step" : "",
+        ". Give --lengths as multiples of the first one");
+  OpBenchCase cut = wanted;
+  cut.shape.tokens = each;
+  EVERLONG_ASSIGN(auto call, make_call(op, cut, timed_form));
+  return std::function<void()>([&op, form = std::string(timed_form), call = std::move(call),
+                                times = all / each, device = wanted.device] {
+    for (std::int64_t i = 0; i < times; ++i) throw_if_error(op.run(form, call).status());
+    synchronize(device);
+  });
+}
+
 Result<std::function<void()>> baseline_work(const Operator& op, const OpBenchCase& wanted,
                                             std::string_view timed_form, const OpCall& call) {
   if (wanted.baseline == "sdpa") return sdpa_work(wanted);
+  if (wanted.baseline == "short") return short_work(op, wanted, timed_form);
   if (wanted.baseline == "released") return released_longnet_work(op, timed_form, call);
   if (wanted.baseline == "naive" && wanted.pass != "step" && wanted.shape.tokens > kMostNaiveTokens)
     return invalid_argument("baseline naive holds [T, T] weights; it is offered up to ",

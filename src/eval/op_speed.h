@@ -13,8 +13,11 @@ struct OpBenchCase {
   std::string form = "auto";  // "auto": the kernel of the device where there is one, else composite
   // "forward"; "train": forward and backward; "step": one token after `shape.tokens` tokens.
   std::string pass = "forward";
-  std::string baseline = "composite";  // "composite", "naive", "sdpa" (torch's softmax attention,
-                                       // same shapes), "released" (released_longnet.h), "none"
+  // "composite", "naive", "sdpa" (torch's softmax attention, same shapes), "released"
+  // (released_longnet.h), "short" (the timed form over as many tokens in sequences of
+  // `short_tokens`, one after the other: 1 where a token's cost does not grow), "none".
+  std::string baseline = "composite";
+  std::int64_t short_tokens = 0;  // divides shape.tokens; only for "short"
   at::Device device = at::kCPU;
   at::ScalarType dtype = at::kFloat;
   OpShape shape;

@@ -104,29 +104,6 @@ std::int64_t RowCache::bytes_bound(std::int64_t tokens) const {
   return static_cast<std::int64_t>(most);
 }
 
-at::Tensor RowCache::Part::tokens_of(const at::Tensor& x_BTHD) const {
-  return x_BTHD.narrow(0, row, count).narrow(1, token, tokens);
-}
-
-std::vector<RowCache::Part> RowCache::parts(std::int64_t tokens, const Sequences& sequences) const {
-  std::vector<Part> list;
-  const bool packed = !sequences.offsets.empty();
-  for (std::int64_t n = 0; n < this->sequences(); ++n) {
-    const std::int64_t position = positions()[static_cast<std::size_t>(n)];
-    if (!packed && !list.empty() && list.back().position == position) {
-      ++list.back().count;
-      continue;
-    }
-    list.push_back({.first = n,
-                    .count = 1,
-                    .row = packed ? 0 : n,
-                    .token = packed ? sequences.offsets[static_cast<std::size_t>(n)] : 0,
-                    .tokens = sequences.length(n, tokens),
-                    .position = position});
-  }
-  return list;
-}
-
 void RowCache::check_rows() const {
   for (const std::int64_t position : positions())
     TORCH_CHECK_VALUE(position >= 0 && policy_.held_rows(position) <= k_.size(2), policy_.room,
@@ -135,14 +112,14 @@ void RowCache::check_rows() const {
                       ". Restore the tensors that belong to the position.");
 }
 
-std::int64_t RowCache::longest_after(const std::vector<Part>& parts) const {
+std::int64_t RowCache::longest_after(const std::vector<StatePart>& parts) const {
   std::int64_t rows = 0;
-  for (const Part& p : parts) rows = std::max(rows, policy_.held_rows(p.position + p.tokens));
+  for (const StatePart& p : parts) rows = std::max(rows, policy_.held_rows(p.position + p.tokens));
   return rows;
 }
 
-bool RowCache::any_leaves(const std::vector<Part>& parts) const {
-  return std::ranges::any_of(parts, [&](const Part& p) {
+bool RowCache::any_leaves(const std::vector<StatePart>& parts) const {
+  return std::ranges::any_of(parts, [&](const StatePart& p) {
     return policy_.first_row(p.position) != policy_.first_row(p.position + p.tokens);
   });
 }
@@ -165,12 +142,6 @@ void RowCache::take_buffers(const std::vector<at::Tensor>& keys,
   k_ = joined(keys);
   v_ = joined(values);
   shared_ = false;
-}
-
-void RowCache::move_on(const std::vector<Part>& parts) {
-  for (const Part& p : parts)
-    for (std::int64_t n = p.first; n < p.first + p.count; ++n)
-      positions()[static_cast<std::size_t>(n)] += p.tokens;
 }
 
 at::Tensor padded_rows(const at::Tensor& rows, std::int64_t capacity) {

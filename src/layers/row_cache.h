@@ -3,7 +3,7 @@
 #include <string_view>
 
 #include "layers/mixer.h"
-#include "layers/state.h"
+#include "layers/state_parts.h"
 
 namespace everlong {
 
@@ -39,29 +39,19 @@ class RowCache : public State {
   std::int64_t bytes_bound(std::int64_t tokens) const override;
 
  protected:
-  // Neighbouring sequences at one position with as many new tokens each, handled together.
-  struct Part {
-    std::int64_t first = 0, count = 0;  // sequences
-    // Where their tokens lie: rows [row, row + count) of the batch from `token` on.
-    std::int64_t row = 0, token = 0, tokens = 0, position = 0;
-
-    at::Tensor tokens_of(const at::Tensor& x_BTHD) const;  // [count, tokens, H, D], a view
-  };
   // A fresh state of the same class and shape.
   virtual std::unique_ptr<RowCache> fresh(std::int64_t sequences) const = 0;
 
-  std::vector<Part> parts(std::int64_t tokens, const Sequences& sequences) const;
   // Throws where the tensors have fewer rows than a position needs.
   void check_rows() const;
   // Rows that the longest sequence holds after its part's tokens; whether one drops rows then.
-  std::int64_t longest_after(const std::vector<Part>& parts) const;
-  bool any_leaves(const std::vector<Part>& parts) const;
+  std::int64_t longest_after(const std::vector<StatePart>& parts) const;
+  bool any_leaves(const std::vector<StatePart>& parts) const;
   // Makes both buffers writable by this state alone, with room for `capacity` rows.
   void own_buffers(std::int64_t capacity);
   // Takes new buffers in pieces of [count, G, rows, D], each filled up with zeros to `capacity`.
   void take_buffers(const std::vector<at::Tensor>& keys, const std::vector<at::Tensor>& values,
                     std::int64_t capacity);
-  void move_on(const std::vector<Part>& parts);
 
   const RowPolicy& policy() const { return policy_; }
   const at::Tensor& keys() const { return k_; }

@@ -343,6 +343,22 @@ TEST_F(Cli, StreamReportsEveryMarkWithConstantState) {
   EXPECT_EQ(too_far.code, 1);
 }
 
+TEST_F(Cli, BenchOpCutsTheTokensOfALengthIntoShortSequences) {
+  const auto bench = [&](const char* lengths) {
+    return everlong({"bench", "op", "--lengths", lengths, "--heads", "2", "--head-dim", "16",
+                     "--device", "cpu", "--threads", "1", "--baseline", "short", "--json"});
+  };
+  const Ran ran = bench("64,256");
+  ASSERT_EQ(ran.code, 0) << ran.err;
+  const json last = json::parse(ran.out.substr(ran.out.find('\n') + 1), nullptr, false);
+  ASSERT_TRUE(last.is_object()) << ran.out;
+  EXPECT_EQ(last.at("tokens"), 256);
+  EXPECT_GT(last.at("ratio"), 0);
+  const Ran uneven = bench("64,100");
+  EXPECT_EQ(uneven.code, 1);
+  EXPECT_NE(uneven.err.find("as multiples of the first one"), std::string::npos) << uneven.err;
+}
+
 TEST_F(Cli, BenchOpPrintsOneObjectALineWithEveryField) {
   for (const char* const pass : {"forward", "train", "step"}) {
     const Ran ran = everlong({"bench", "op", "--mechanism", "lightning", "--pass", pass,

@@ -17,7 +17,7 @@ ProcessResult everlong(std::vector<std::string> arguments) {
   arguments.insert(arguments.begin(), EVERLONG_BINARY);
   auto ran = run_process({.command = std::move(arguments)});
   EXPECT_TRUE(ran.ok()) << ran.status().message();
-  return ran.ok() ? *ran : ProcessResult{.exit_code = -1};
+  return ran.ok() ? *ran : ProcessResult{.exit_code = -1, .output = {}, .errors = {}};
 }
 
 // Llama 2's files in small: its config, weights, tokenizer.model.

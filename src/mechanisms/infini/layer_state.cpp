@@ -9,7 +9,7 @@ namespace {
 
 at::Tensor part_of(const at::Tensor& x, std::int64_t row, std::int64_t rows, std::int64_t token,
                    std::int64_t tokens) {
-  return x.defined() ? x.narrow(0, row, rows).narrow(1, token, tokens) : x;
+  return x.narrow(0, row, rows).narrow(1, token, tokens);
 }
 
 // [n, f, ..] with zero rows behind, up to `rows`.
@@ -96,27 +96,7 @@ Status InfiniState::merge(const InfiniState& other) {
   return {};
 }
 
-std::vector<InfiniState::Group> InfiniState::groups(std::int64_t tokens,
-                                                    const Sequences& sequences) const {
-  std::vector<Group> list;
-  const bool packed = !sequences.offsets.empty();
-  for (std::int64_t n = 0; n < this->sequences(); ++n) {
-    const std::int64_t position = positions()[static_cast<std::size_t>(n)];
-    if (!packed && n > 0 && list.back().position == position) {
-      ++list.back().count;
-      continue;
-    }
-    list.push_back({.first = n,
-                    .count = 1,
-                    .row = packed ? 0 : n,
-                    .token = packed ? sequences.offsets[static_cast<std::size_t>(n)] : 0,
-                    .tokens = sequences.length(n, tokens),
-                    .position = position});
-  }
-  return list;
-}
-
-Carried InfiniState::carried(const Group& g) const {
+Carried InfiniState::carried(const StatePart& g) const {
   Carried c;
   c.segment_number = g.position / options_.segment;
   // A merged memory may be there before the first segment of one's own.
@@ -140,7 +120,7 @@ void InfiniState::own() {
 at::Tensor InfiniState::mix(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const at::Tensor& beta, const at::Tensor& weight,
                             const Sequences& sequences) {
-  const auto parts = groups(q.size(1), sequences);
+  const auto parts = state_parts(*this, q.size(1), sequences);
   const std::int64_t C = options_.segment;
   const bool in_place = !at::GradMode::is_enabled() && std::ranges::all_of(parts, [&](auto& g) {
     return g.position % C + g.tokens < C;
@@ -148,10 +128,8 @@ at::Tensor InfiniState::mix(const at::Tensor& q, const at::Tensor& k, const at::
   if (in_place) own();
   std::vector<at::Tensor> outputs;
   std::map<std::string, std::vector<at::Tensor>> next;
-  for (const Group& g : parts) {
-    const auto mine = [&](const at::Tensor& x) {
-      return part_of(x, g.row, g.count, g.token, g.tokens);
-    };
+  for (const StatePart& g : parts) {
+    const auto mine = [&](const at::Tensor& x) { return g.tokens_of(x); };
     const Carried before = carried(g);
     if (in_place) {
       const std::int64_t open = g.position % C, rows = open + g.tokens;
@@ -188,9 +166,7 @@ at::Tensor InfiniState::mix(const at::Tensor& q, const at::Tensor& k, const at::
     join("weight", weight_);
     shared_ = false;
   }
-  for (const Group& g : parts)
-    for (std::int64_t n = g.first; n < g.first + g.count; ++n)
-      positions()[static_cast<std::size_t>(n)] += g.tokens;
+  move_on(*this, parts);
   return outputs.size() == 1 ? outputs.front()
                              : at::cat(outputs, sequences.offsets.empty() ? 0 : 1);
 }

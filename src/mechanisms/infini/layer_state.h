@@ -1,7 +1,7 @@
 // What an Infini-attention layer carries: the committed memory and the open segment.
 #pragma once
 #include "layers/mixer.h"
-#include "layers/state.h"
+#include "layers/state_parts.h"
 #include "mechanisms/infini/op.h"
 
 namespace everlong::infini {
@@ -39,12 +39,7 @@ class InfiniState final : public State {
   const at::Tensor& z() const { return z_; }
 
  private:
-  // Neighbouring sequences at one position with as many new tokens each.
-  struct Group {
-    std::int64_t first = 0, count = 0, row = 0, token = 0, tokens = 0, position = 0;
-  };
-  std::vector<Group> groups(std::int64_t tokens, const Sequences& sequences) const;
-  Carried carried(const Group& group) const;
+  Carried carried(const StatePart& part) const;
   void own();
 
   StateShape shape_;

@@ -26,7 +26,7 @@ Read BlockMemory::attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTGK,
                          const at::Tensor& v_BTGV, const Sequences& sequences, const Reader& reader,
                          bool want_picks) {
   check_rows();
-  const auto list = parts(q_BTHK.size(1), sequences);
+  const auto list = state_parts(*this, q_BTHK.size(1), sequences);
   const std::int64_t capacity = policy().capacity_for(longest_after(list));
   const std::int64_t block = shape_.retrieval.block;
   // In place only without a graph, and while no sequence drops rows from its front.
@@ -34,7 +34,7 @@ Read BlockMemory::attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTGK,
   if (in_place) own_buffers(capacity);
 
   std::vector<at::Tensor> outputs, picks, all_keys, all_values;
-  for (const Part& p : list) {
+  for (const StatePart& p : list) {
     const std::int64_t start = policy().first_row(p.position), held = p.position - start,
                        rows = held + p.tokens;
     const auto extended = [&](const at::Tensor& buffer, const at::Tensor& fresh_rows) {
@@ -58,7 +58,7 @@ Read BlockMemory::attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTGK,
     all_values.push_back(stored.v.narrow(2, gone, policy().held_rows(end)));
   }
   if (!in_place) take_buffers(all_keys, all_values, capacity);
-  move_on(list);
+  move_on(*this, list);
   const std::int64_t along = sequences.offsets.empty() ? 0 : 1;
   Read all;
   all.out = outputs.size() == 1 ? outputs.front() : at::cat(outputs, along);

@@ -24,7 +24,7 @@ std::unique_ptr<RowCache> KvState::fresh(std::int64_t sequences) const {
   return std::make_unique<KvState>(sequences, shape_, keys().options());
 }
 
-std::int64_t KvState::seen_from(const Part& part) const {
+std::int64_t KvState::seen_from(const StatePart& part) const {
   const std::int64_t start = policy().first_row(part.position);
   return shape_.window > 0 ? std::max(part.position - shape_.window + 1, start) - start : 0;
 }
@@ -33,14 +33,14 @@ at::Tensor KvState::attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTGK,
                            const at::Tensor& v_BTGV, const Sequences& sequences,
                            const Options& options) {
   check_rows();
-  const auto list = parts(q_BTHK.size(1), sequences);
+  const auto list = state_parts(*this, q_BTHK.size(1), sequences);
   const std::int64_t capacity = policy().capacity_for(longest_after(list));
   // In place only without a graph, and while no sequence drops rows from its front.
   const bool in_place = !at::GradMode::is_enabled() && !any_leaves(list);
   if (in_place) own_buffers(capacity);
 
   std::vector<at::Tensor> outputs, all_keys, all_values;
-  for (const Part& p : list) {
+  for (const StatePart& p : list) {
     const std::int64_t start = policy().first_row(p.position), held = p.position - start,
                        rows = held + p.tokens, seen = seen_from(p),
                        gone = policy().first_row(p.position + p.tokens) - start;
@@ -61,7 +61,7 @@ at::Tensor KvState::attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTGK,
     outputs.push_back(attention(p.tokens_of(q_BTHK), k, v, options));
   }
   if (!in_place) take_buffers(all_keys, all_values, capacity);
-  move_on(list);
+  move_on(*this, list);
   return outputs.size() == 1 ? outputs.front()
                              : at::cat(outputs, sequences.offsets.empty() ? 0 : 1);
 }

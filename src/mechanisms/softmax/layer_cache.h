@@ -25,7 +25,7 @@ class KvState final : public RowCache {
  private:
   std::unique_ptr<RowCache> fresh(std::int64_t sequences) const override;
   // The first row of a part that any of its new tokens sees.
-  std::int64_t seen_from(const Part& part) const;
+  std::int64_t seen_from(const StatePart& part) const;
 
   CacheShape shape_;
 };
