@@ -57,13 +57,12 @@ void wait_asleep(int argc, char** argv) {
   ::execv("/proc/self/exe", argv);  // comes back only when it fails; then the threads spin
 }
 
-// The system hands out memory by pages of 4 KB, and blocks above 32 MiB anew at every call, which
-// took a third of a pass over 64K tokens (docs/benchmarks.md). Torch asks for pages of 2 MB if told
-// to. Not where memory is watched: a stream's few tensors would be rounded up.
-void take_large_pages(int argc, char** argv) {
+// The system hands out memory by pages of 4 KB, and blocks above 32 MiB anew at every call: a third
+// of a pass over 64K tokens (docs/benchmarks.md). Torch asks for pages of 2 MB if told to, and what
+// is freed stays here. Not where memory is watched: a stream's few tensors would be rounded up.
+bool uses_large_blocks(int argc, char** argv) {
   constexpr std::array<std::string_view, 2> kLarge = {"train", "bench"};
-  if (is_command({argv, static_cast<std::size_t>(argc)}, kLarge))
-    ::setenv("THP_MEM_ALLOC_ENABLE", "1", 0);
+  return is_command({argv, static_cast<std::size_t>(argc)}, kLarge);
 }
 
 struct Globals {
@@ -107,9 +106,11 @@ void build(Command& program, Globals& globals) {
 }  // namespace everlong::cli
 
 int main(int argc, char** argv) {
-  everlong::cli::take_large_pages(argc, argv);
+  const bool large = everlong::cli::uses_large_blocks(argc, argv);
+  if (large) ::setenv("THP_MEM_ALLOC_ENABLE", "1", 0);
   everlong::cli::wait_asleep(argc, argv);
-  everlong::keep_freed_memory();
+  everlong::keep_freed_memory(large ? everlong::FreedBlocks::kAnySize
+                                    : everlong::FreedBlocks::kUsual);
   everlong::cli::Globals globals;
   return everlong::cli::run_program(
       argc, argv, [&](everlong::cli::Command& program) { everlong::cli::build(program, globals); });

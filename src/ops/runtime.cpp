@@ -15,7 +15,7 @@
 #include <filesystem>
 #include <fstream>
 #include <mutex>
-#include <tuple>
+#include <vector>
 
 #include "core/dtype.h"
 
@@ -152,14 +152,23 @@ void synchronize(at::Device device) {
   c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
 }
 
-void keep_freed_memory() {
+void keep_freed_memory(FreedBlocks blocks) {
 #ifdef __GLIBC__
+  struct Setting {
+    const char* name;
+    int parameter, value;
+  };
   constexpr int kMost = 32 << 20;  // of M_MMAP_THRESHOLD: glibc refuses more
-  for (const auto& [name, parameter, value] :
-       {std::tuple("MALLOC_ARENA_MAX", M_ARENA_MAX, 1),
-        {"MALLOC_MMAP_THRESHOLD_", M_MMAP_THRESHOLD, kMost},
-        {"MALLOC_TRIM_THRESHOLD_", M_TRIM_THRESHOLD, 256 << 20}})
-    if (std::getenv(name) == nullptr) ::mallopt(parameter, value);
+  std::vector<Setting> settings = {{"MALLOC_ARENA_MAX", M_ARENA_MAX, 1},
+                                   {"MALLOC_MMAP_THRESHOLD_", M_MMAP_THRESHOLD, kMost}};
+  if (blocks == FreedBlocks::kUsual) {
+    settings.push_back({"MALLOC_TRIM_THRESHOLD_", M_TRIM_THRESHOLD, 256 << 20});
+  } else {
+    settings.push_back({"MALLOC_MMAP_MAX_", M_MMAP_MAX, 0});
+    settings.push_back({"MALLOC_TRIM_THRESHOLD_", M_TRIM_THRESHOLD, -1});  // never
+  }
+  for (const Setting& s : settings)
+    if (std::getenv(s.name) == nullptr) ::mallopt(s.parameter, s.value);
 #endif
 }
 
