@@ -361,6 +361,7 @@ TEST(LightningLayer, StateIsFloat32UnderLowPrecisionWeights) {
   const auto mixer = make(spec_of(32, {{"num_heads", 2}, {"head_dim", 24}, {"lrpe", "all"}}));
   mixer->to(at::kBFloat16);
   const auto state = mixer->make_state(1);
+  EXPECT_EQ(state->tensors().at("S").scalar_type(), at::kFloat) << "before the first token";
   const at::Tensor y = mixer->forward(at::randn({1, 70, 32}).to(at::kBFloat16), {}, state.get());
   EXPECT_EQ(y.scalar_type(), at::kBFloat16);
   EXPECT_EQ(state->tensors().at("S").scalar_type(), at::kFloat);
