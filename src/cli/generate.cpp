@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -13,8 +14,10 @@
 namespace everlong::cli {
 namespace {
 
-// Prompts are read and fed in pieces of this many bytes, so their length costs no memory. A
-// multiple of the stream's chunk: the pieces then cut the text where one feed of it all would.
+// Prompts are read in pieces of this many bytes. Where tokens are bytes each piece is fed at once,
+// so a prompt's length costs no memory; a multiple of the stream's chunk: the pieces then cut the
+// text where one feed of it all would. Other tokenizers see the whole text: cut anywhere, a word
+// would become two.
 constexpr std::size_t kPieceBytes = std::size_t{1} << 16;
 constexpr const char* kSamplerNote = "sampler";
 
@@ -44,6 +47,10 @@ struct GenerateCommand {
   Result<std::string> write_text(Session& session, std::int64_t& count) const;
 };
 
+Status interrupted_in_prompt() {
+  return {StatusCode::kInterrupted, "interrupted while reading the prompt"};
+}
+
 Result<SamplingParams> GenerateCommand::sampling(const fs::path& folder) const {
   EVERLONG_ASSIGN(auto params, read_generation_config(folder));
   if (temperature) params.temperature = *temperature;
@@ -58,7 +65,12 @@ Result<SamplingParams> GenerateCommand::sampling(const fs::path& folder) const {
 
 Status GenerateCommand::feed_text(Session& session, std::string_view text) const {
   const auto ids = session.loaded.tokenizer->encode(text);
-  EVERLONG_RETURN_IF_ERROR(session.stream.feed(ids));
+  for (std::span<const std::int32_t> left = ids; !left.empty();) {
+    if (caught_signal() != 0) return interrupted_in_prompt();
+    const auto piece = left.first(std::min(left.size(), kPieceBytes));
+    EVERLONG_RETURN_IF_ERROR(session.stream.feed(piece));
+    left = left.subspan(piece.size());
+  }
   for (const auto id : ids) session.sampler.saw(id);
   session.prompt_tokens += std::ssize(ids);
   session.prompt_end = text.size() > 2000 ? text.substr(text.size() - 2000) : text;
@@ -70,17 +82,22 @@ Status GenerateCommand::feed_file(Session& session, const std::string& path) con
   std::FILE* const file = standard_input ? stdin : std::fopen(path.c_str(), "rb");
   if (file == nullptr)
     return not_found(path, ": the prompt file cannot be opened: ", std::strerror(errno));
+  const bool at_once = session.loaded.tokenizer->takes_any_piece();
   Status status;
-  std::string piece(kPieceBytes, '\0');
+  std::string piece(kPieceBytes, '\0'), text;
   while (status.ok()) {
     const std::size_t got = std::fread(piece.data(), 1, piece.size(), file);
-    if (caught_signal() != 0)
-      status = {StatusCode::kInterrupted, "interrupted while reading the prompt"};
+    if (caught_signal() != 0) status = interrupted_in_prompt();
     if (got == 0 || !status.ok()) break;
-    status = feed_text(session, std::string_view(piece).substr(0, got));
+    const std::string_view read = std::string_view(piece).substr(0, got);
+    if (at_once)
+      status = feed_text(session, read);
+    else
+      text += read;
   }
   if (status.ok() && std::ferror(file) != 0) status = io_error(path, ": the prompt cannot be read");
   if (!standard_input) std::fclose(file);
+  if (status.ok() && !text.empty()) status = feed_text(session, text);
   return status;
 }
 

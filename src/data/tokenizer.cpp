@@ -19,6 +19,7 @@ class ByteTokenizer : public Tokenizer {
     ids.reserve(ids.size() + text.size());
     for (const char byte : text) ids.push_back(static_cast<unsigned char>(byte));
   }
+  bool takes_any_piece() const override { return true; }
 
   std::string decode(std::span<const std::int32_t> ids) const override {
     std::string text;

@@ -24,6 +24,8 @@ class Tokenizer {
   virtual std::int32_t pad() const = 0;
   // Appends the ids of `text`. Any bytes are legal.
   virtual void encode(std::string_view text, std::vector<std::int32_t>& ids) const = 0;
+  // Whether the ids of a text are those of its pieces, wherever it is cut.
+  virtual bool takes_any_piece() const { return false; }
   // The text of the ids. Specials and ids outside the vocabulary have none and drop out.
   virtual std::string decode(std::span<const std::int32_t> ids) const = 0;
 

@@ -176,6 +176,10 @@ class DamagedFiles : public testing::Test {
     ASSERT_TRUE(make_directories(root / "tokenizer").ok());
     fs::copy(fs::path(EVERLONG_TEST_DATA) / "golden/tokenizers/gpt2.json",
              root / "tokenizer/tokenizer.json");
+    ASSERT_TRUE(make_directories(root / "pieces").ok());
+    fs::copy(fs::path(EVERLONG_TEST_DATA) / "golden/tokenizers/llama2.model",
+             root / "pieces/tokenizer.model");
+    pieces_name = (*make_tokenizer("published", root / "pieces"))->name();
     RunFile run;
     run.model = model->config();
     run.data.path = "tokens";
@@ -222,6 +226,10 @@ class DamagedFiles : public testing::Test {
         {"tokenizer_unnamed", "tokenizer/tokenizer.json", Rule::kText,
          in("tokenizer",
             [](const fs::path& folder) { return load_tokenizer("published", folder); })},
+        {"pieces", "pieces/tokenizer.model", Rule::kExact,
+         in("pieces", [](const fs::path& folder) { return load_tokenizer(pieces_name, folder); })},
+        {"pieces_unnamed", "pieces/tokenizer.model", Rule::kText,
+         in("pieces", [](const fs::path& folder) { return load_tokenizer("published", folder); })},
         {"run_file", "run.toml", Rule::kText,
          in("run.toml",
             [](const fs::path& file) -> Result<std::string> {
@@ -233,7 +241,7 @@ class DamagedFiles : public testing::Test {
 
   static inline const TemporaryFolder scratch{"damaged_files"};
   static inline std::shared_ptr<Decoder> model;
-  static inline std::string tokenizer_name, first_shard;
+  static inline std::string tokenizer_name, pieces_name, first_shard;
   static inline std::vector<landmark::PageFile::Place> pages;
 };
 

@@ -4,6 +4,10 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
 #include "core/process.h"
 #include "data/sentencepiece.h"
 #include "support/published_folders.h"
@@ -60,6 +64,22 @@ TEST_F(SentencePieceFolder, GeneratesTheSameAfterConversion) {
   const auto after = generate("ours");
   ASSERT_EQ(after.exit_code, 0) << after.errors;
   EXPECT_EQ(after.output, before.output);
+}
+
+// A file is read in pieces of 64 KiB; words lie across their ends.
+TEST_F(SentencePieceFolder, APromptFileGivesTheTokensOfItsWholeText) {
+  std::string text;
+  for (int i = 0; text.size() < (std::size_t{1} << 17) + 1000; ++i) text += cat("stream", i, " ");
+  ASSERT_TRUE(write_file(folder_ / "long.txt", text).ok());
+  const auto ids = everlong({"data", "tokenize", "-t", path("llama"), path("long.txt")});
+  ASSERT_EQ(ids.exit_code, 0) << ids.errors;
+  const auto read = everlong({"generate", "--model", path("llama"), "--prompt-file",
+                              path("long.txt"), "--max-tokens", "0", "--json"});
+  ASSERT_EQ(read.exit_code, 0) << read.errors;
+  const auto report = nlohmann::json::parse(read.output);
+  std::istringstream words(ids.output);
+  const auto count = std::distance(std::istream_iterator<std::int64_t>(words), {});
+  EXPECT_EQ(report.at("prompt_tokens"), count);
 }
 
 TEST_F(SentencePieceFolder, ADatasetCarriesTheModelAndRecordsItsHash) {
