@@ -94,9 +94,9 @@ OpCall only_from(const OpCall& call, std::int64_t begin, std::int64_t end) {
 
 OpCall cast_call(const Operator& op, const OpCall& call, at::ScalarType dtype, at::Device device) {
   OpCall out = call;
-  const auto names = op.token_inputs();
+  const auto kept = op.host_inputs();
   for (auto& [name, tensor] : out.inputs) {
-    if (std::ranges::find(names, name) == names.end()) continue;
+    if (std::ranges::find(kept, name) != kept.end()) continue;
     tensor = tensor.is_floating_point() ? tensor.to(device, dtype) : tensor.to(device);
   }
   const auto state_dtype = op.state_dtype(dtype);

@@ -24,9 +24,8 @@ struct OpGate {
 Result<OpGate> check_op(const Operator& op, std::string_view form, const OpCall& call,
                         std::int64_t tokens, at::ScalarType dtype, double flops);
 
-// The call with floating-point token inputs, states and incoming gradients in the dtype and on the
-// device that a form runs in: states at least fp32, inputs without tokens (slopes) stay float64 on
-// the CPU.
+// The call with floating-point inputs, states and incoming gradients in the dtype and on the device
+// that a form runs in: states at least fp32, the operator's host_inputs as they are.
 OpCall cast_call(const Operator& op, const OpCall& call, at::ScalarType dtype, at::Device device);
 // Tokens [begin, end) of the call, with this state.
 OpCall slice_call(const Operator& op, const OpCall& call, std::int64_t begin, std::int64_t end,

@@ -83,6 +83,8 @@ class Operator {
   }
   // Inputs whose dimension 1 is the token; the others are shared by every piece of a split.
   virtual std::vector<std::string> token_inputs() const = 0;
+  // Inputs that callers keep in float64 on the CPU whatever the others are (slopes).
+  virtual std::vector<std::string> host_inputs() const { return {}; }
   virtual std::vector<OpShape> law_shapes()
       const = 0;  // shapes beyond the common ones: dk != dv, GQA, windows, ...
   // Calls that must be refused before any work, each with a name: unsupported dims, dtypes,

@@ -178,6 +178,7 @@ class AttentionOperator final : public Operator {
   }
 
   std::vector<std::string> token_inputs() const override { return {"q", "k", "v"}; }
+  std::vector<std::string> host_inputs() const override { return {"slope"}; }
 
   std::vector<OpShape> law_shapes() const override {
     return {{.heads = 3, .key_dim = 12, .value_dim = 5, .params = {{"scale", 1.0}}},
