@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cpu/every_target_test.h"
 #include "kernels/cpu/softmax_block.h"
 
 namespace everlong::cpu {
@@ -21,25 +22,6 @@ inline constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 using Numbers = std::vector<double>;
 using Random = std::mt19937;
-
-// Every SIMD target that this machine has and the build holds, one after the other.
-template <class Body>
-void on_every_target(const Body& body) {
-  int count = 0;
-  for (std::int64_t bit = 1; bit > 0 && bit <= HWY_SCALAR; bit <<= 1) {
-    if ((hwy::SupportedTargets() & HWY_TARGETS & bit) == 0) continue;
-    hwy::SetSupportedTargetsForTest(bit);
-    hwy::GetChosenTarget().Update(bit);
-    {
-      SCOPED_TRACE(hwy::TargetName(bit));
-      body();
-    }
-    hwy::SetSupportedTargetsForTest(0);
-    ++count;
-  }
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-  EXPECT_GE(count, 2);
-}
 
 // [rows, dim] in memory: rows in groups, with gaps everywhere that must not be read or written.
 struct Store {

@@ -156,31 +156,24 @@ void BlockPages::drop_old() {
   first_segment_ += gone;
 }
 
-// Young to old, one segment at a time: visit(begin, scores of [begin, begin + n)).
+// Young to old: visit(keys of a segment, the part of the scan that lies there).
 template <class Visit>
-Status BlockPages::visit_scores(std::int64_t head, const Scan& scan, double scale,
-                                const Visit& visit) const {
-  float scores[kMostSegment];
+void BlockPages::visit_segments(std::int64_t head, const Scan& scan, const Visit& visit) const {
   const std::int64_t head_bytes = per_segment_ * shape().key_dim * shape().element();
-  std::int64_t end = scan.end;
-  while (end > scan.begin) {
+  for (std::int64_t end = scan.end; end > scan.begin;) {
     const std::int64_t start = (end - 1) / per_segment_ * per_segment_;
     const std::int64_t begin = std::max(start, scan.begin);
-    const std::int64_t first_tile = (begin - start) / kTileBlocks;
-    const std::int64_t tiles = (end - start + kTileBlocks - 1) / kTileBlocks - first_tile;
     // Segments lie anywhere in memory: the processor cannot guess the next one.
     if (begin > scan.begin) prefetch_lines(segment_of(begin - 1).tile(head, 0), head_bytes);
-    score_tiles(scan.q_K, segment_of(begin).tile(head, first_tile), shape().dtype, shape().key_dim,
-                tiles, static_cast<float>(scale), scores);
-    visit(begin, std::span<const float>(scores + (begin - start - first_tile * kTileBlocks),
-                                        static_cast<std::size_t>(end - begin)));
+    visit(TiledKeys{segment_of(begin).tile(head, 0), shape().dtype, shape().key_dim, start},
+          Scan{scan.q_nK, begin, end});
     end = begin;
   }
-  return {};
 }
 
-Status BlockPages::search(std::int64_t head, std::span<const Scan> scans, double scale,
-                          std::int64_t count, std::vector<Pick>& picks) const {
+Status BlockPages::search(std::int64_t head, std::span<const Scan> scans, std::int64_t queries,
+                          double scale, std::int64_t count,
+                          std::vector<std::vector<Pick>>& picks) const {
   EVERLONG_RETURN_IF_ERROR(check_head(head));
   std::vector<Scan> ordered;
   for (const Scan& scan : scans)
@@ -190,14 +183,15 @@ Status BlockPages::search(std::int64_t head, std::span<const Scan> scans, double
     EVERLONG_RETURN_IF_ERROR(check_kept(ordered[i].begin, ordered[i].end));
     if (i > 0 && ordered[i].end > ordered[i - 1].begin)
       return invalid_argument("landmark pages: block ", ordered[i - 1].begin,
-                              " is in two scans; each block has one query");
+                              " is in two scans; each block is scored once");
   }
-  BestBlocks best(count, kScoreGrid32);
+  std::vector<BestBlocks> best(static_cast<std::size_t>(queries), {count, kScoreGrid32});
   for (const Scan& scan : ordered)
-    EVERLONG_RETURN_IF_ERROR(visit_scores(
-        head, scan, scale,
-        [&](std::int64_t begin, std::span<const float> scores) { best.offer(begin, scores); }));
-  picks = best.rising();
+    visit_segments(head, scan, [&](const TiledKeys& keys, const Scan& part) {
+      offer_scores(keys, part, scale, best);
+    });
+  picks.clear();
+  for (const BestBlocks& of_query : best) picks.push_back(of_query.rising());
   return {};
 }
 
@@ -208,9 +202,15 @@ Status BlockPages::scores(std::int64_t head, const Scan& scan, double scale,
   if (static_cast<std::int64_t>(out.size()) != scan.end - scan.begin)
     return invalid_argument("landmark pages: room for ", out.size(), " scores of ",
                             scan.end - scan.begin);
-  return visit_scores(head, scan, scale, [&](std::int64_t begin, std::span<const float> some) {
-    std::ranges::copy(some, out.begin() + (begin - scan.begin));
+  float scores[kMostSegment], highest = 0;
+  visit_segments(head, scan, [&](const TiledKeys& keys, const Scan& part) {
+    const std::int64_t count = part.end - keys.first;
+    score_tiles(part.q_nK, 1, keys, (count + kTileBlocks - 1) / kTileBlocks,
+                static_cast<float>(scale), scores, &highest);
+    std::copy(scores + (part.begin - keys.first), scores + count,
+              out.begin() + (part.begin - scan.begin));
   });
+  return {};
 }
 
 Status BlockPages::landmark(std::int64_t block, std::int64_t head, std::span<float> out) const {

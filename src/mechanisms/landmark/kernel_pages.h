@@ -3,15 +3,15 @@
 // away from the fast memory, landmark keys in it); README.md of this room, section 3.
 //
 //   append(k, v)          a complete block: L keys (turned to their place in the block), L values
-//   search(head, scans)   the best k landmarks, exactly, by the room's rule on equal scores
-//   read(block, head)     the keys and values of its ordinary tokens
-//   save, restore         with the store's file, so that kill -9 loses nothing that was saved
+//   search(head, scans)   each query's best k landmarks, exactly, by the room's rule on equal
+//   scores read(block, head)     the keys and values of its ordinary tokens save, restore with the
+//   store's file, so that kill -9 loses nothing that was saved
 //
 // Blocks are numbered from the start of the text; [first(), end()) are kept.
 #pragma once
 #include "core/tensor_view.h"
-#include "mechanisms/landmark/kernel_pages_search.h"
 #include "mechanisms/landmark/kernel_pages_store.h"
+#include "mechanisms/landmark/kernel_search.h"
 
 namespace everlong::landmark {
 
@@ -42,11 +42,12 @@ class BlockPages {
   // stream is as it was.
   Status append(const ConstTensorView& k_GLK, const ConstTensorView& v_GLV);
 
-  // The `count` best landmarks of the scans, rising by block. Reads every landmark named once:
-  // `element * K` bytes each. Refuses blocks that are not kept.
-  Status search(std::int64_t head, std::span<const Scan> scans, double scale, std::int64_t count,
-                std::vector<Pick>& picks) const;
-  // scale q . landmark for blocks [begin, end), as search compares them before it rounds.
+  // For each of `queries` queries the `count` best landmarks of the scans, rising by block. Reads
+  // every landmark named once: `element * K` bytes each. Refuses blocks that are not kept.
+  Status search(std::int64_t head, std::span<const Scan> scans, std::int64_t queries, double scale,
+                std::int64_t count, std::vector<std::vector<Pick>>& picks) const;
+  // scale q . landmark of one query for blocks [begin, end), as search compares them before it
+  // rounds.
   Status scores(std::int64_t head, const Scan& scan, double scale, std::span<float> out) const;
   // The landmark's key [K] as fp32, and the largest 2-norm of the block's values (rounded up).
   Status landmark(std::int64_t block, std::int64_t head, std::span<float> out) const;
@@ -96,7 +97,7 @@ class BlockPages {
   static std::int64_t kept_bound(std::int64_t max_blocks, std::int64_t blocks,
                                  std::int64_t between);
   template <class Visit>
-  Status visit_scores(std::int64_t head, const Scan& scan, double scale, const Visit& visit) const;
+  void visit_segments(std::int64_t head, const Scan& scan, const Visit& visit) const;
 
   std::shared_ptr<PageStore> store_;
   std::int64_t max_blocks_ = 0, per_segment_ = 0;

@@ -117,17 +117,9 @@ class PageReader {
 Status pick_blocks(const BlockPages& pages, const PageQueries& queries,
                    std::vector<std::vector<Pick>>& picks) {
   const Frame& f = queries.frame;
-  const std::int64_t K = pages.shape().key_dim;
-  picks.resize(static_cast<std::size_t>(queries.count));
-  std::vector<Scan> scans;
-  for (std::int64_t i = 0; i < queries.count; ++i) {
-    scans.assign(1, {queries.q_SnK + i * K, f.oldest, f.first_local - f.picks});
-    for (std::int64_t b = f.first_local - f.picks; b < f.first_local; ++b)
-      scans.push_back({queries.q_SnK + (f.slot(b) * queries.count + i) * K, b, b + 1});
-    EVERLONG_RETURN_IF_ERROR(pages.search(queries.head, scans, queries.scale, f.picks,
-                                          picks[static_cast<std::size_t>(i)]));
-  }
-  return {};
+  const std::int64_t row = queries.count * pages.shape().key_dim;
+  return pages.search(queries.head, scans_of(f, queries.q_SnK, row), queries.count, queries.scale,
+                      f.picks, picks);
 }
 
 Status read_picked(const BlockPages& pages, const PageQueries& queries,

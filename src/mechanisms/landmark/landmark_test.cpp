@@ -163,6 +163,20 @@ TEST(LandmarkRetrieval, AgreesWithTheReferenceInWindowsAndChunks) {
     if (truth->out.contains("selected")) {
       EXPECT_TRUE(at::equal(given->out.at("selected"), truth->out.at("selected"))) << params.dump();
     }
+    // The kernels, on numbers that fp32 holds.
+    OpCall rounded = call, single = call;
+    for (auto& [name, t] : single.inputs) t = t.to(at::kFloat);
+    for (auto& [name, t] : rounded.inputs) t = single.inputs.at(name).to(at::kDouble);
+    const auto exact = *retrieval_operator().run("reference", rounded);
+    const auto by_kernel = retrieval_operator().run("cpu", single);
+    ASSERT_TRUE(by_kernel.ok()) << by_kernel.status().message();
+    EXPECT_LT(relative_error(by_kernel->out.at("o"), exact.out.at("o")),
+              tolerance::split_of(DType::kFloat32))
+        << params.dump();
+    if (exact.out.contains("selected")) {
+      EXPECT_TRUE(at::equal(by_kernel->out.at("selected"), exact.out.at("selected")))
+          << params.dump();
+    }
   }
 }
 

@@ -70,7 +70,7 @@ const Operator& grouped_softmax_operator();
 // chunks, granularity, max_blocks (null: all), window, mode ("chunk", "window"), positions
 // ("slots"), rope ("half_split", "interleaved"), rope_base, scale, seed. Outputs "o" and "selected"
 // [B, T, H, top_k]: absolute block numbers, rising, -1 where there are fewer.
-// Forms: reference (no gradients), composite.
+// Forms: reference (no gradients), composite, cpu (fp32 and bf16; picks by kernel_search.h).
 const Operator& retrieval_operator();
 
 // everlong::landmark_attention in torch's dispatcher. Once a process: registry.cpp.

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "mechanisms/landmark/op_search.h"
+
 namespace everlong::landmark {
 namespace {
 
@@ -52,6 +54,13 @@ at::Tensor read_all(const at::Tensor& q, const Stored& stored, std::int64_t star
   return attention(queries, keys, rows(stored.v), regular_marks(q.size(0), end, reader.retrieval),
                    {.scale = reader.scale, .path = reader.path})
       .out;
+}
+
+// Whether one key stands for a block and the kernel may compare them.
+bool searched(const at::Tensor& q, const Reader& reader) {
+  return q.is_cpu() && wide_of(q) == at::kFloat && reader.path != Path::kComposite &&
+         reader.retrieval.granularity == Granularity::kTokenHead &&
+         reader.retrieval.score != BlockScore::kMax;
 }
 
 // Groups that lie alike: group j is `tokens` tokens at the same places of its block, `first_local`
@@ -160,6 +169,9 @@ class LotReader {
   at::Tensor pick() const {
     const at::NoGradGuard constant;
     const std::int64_t oldest = lot_.frame.oldest, count = last_ - oldest;
+    if (searched(q_, reader_))
+      return search_blocks(q_, candidate_keys(oldest, count).squeeze(3), reader_.retrieval,
+                           lot_.frame.first_local, reader_.scale);
     at::Tensor scores = candidate_scores(oldest, count);
     switch (reader_.retrieval.granularity) {
       case Granularity::kTokenHead:
@@ -296,9 +308,10 @@ Read read_blocks(const at::Tensor& q, const Stored& stored, std::int64_t start,
   while (next < groups.size()) {
     const Frame frame(r, groups[next].first_local);
     const std::int64_t tokens = groups[next].end - groups[next].begin;
+    const std::int64_t scores =
+        searched(q, reader) ? 0 : frame.count() * (r.score == BlockScore::kMax ? r.block : 1);
     const std::int64_t a_group = q.size(0) * tokens * q.size(2) *
-                                 (frame.picks * r.block * (q.size(3) + stored.v.size(3)) +
-                                  frame.count() * (r.score == BlockScore::kMax ? r.block : 1));
+                                 (frame.picks * r.block * (q.size(3) + stored.v.size(3)) + scores);
     const std::int64_t most = std::max<std::int64_t>(room / std::max<std::int64_t>(a_group, 1), 1);
     const Lot lot{frame, alike(groups, next, reader, most), tokens, groups[next].begin};
     Read part =

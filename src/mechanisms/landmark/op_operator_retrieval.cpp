@@ -6,6 +6,7 @@
 
 #include "mechanisms/landmark/op_blocks.h"
 #include "mechanisms/landmark/op_call.h"
+#include "mechanisms/landmark/op_cpu.h"
 #include "mechanisms/landmark/reference_retrieval.h"
 #include "ops/reference_call.h"
 
@@ -121,11 +122,10 @@ OpResult by_reference(const OpCall& call, const RetrievalCall& about) {
   return result;
 }
 
-OpResult by_composite(const TensorMap& inputs, const RetrievalCall& about) {
+OpResult by_parts(const TensorMap& inputs, const RetrievalCall& about, Path path) {
   const Params& p = about.params;
   const Reader reader{about.retrieval, p.scale, rope_frequencies(about.rope_base, p.key_dim),
-                      about.interleaved ? RopePairs::kInterleaved : RopePairs::kHalfSplit,
-                      Path::kComposite};
+                      about.interleaved ? RopePairs::kInterleaved : RopePairs::kHalfSplit, path};
   const std::int64_t block = about.retrieval.block;
   const Stored stored{stored_rows(turned_in_block(inputs.at("k"), 0, reader), block),
                       stored_rows(inputs.at("v"), block), 0};
@@ -147,7 +147,9 @@ class LandmarkRetrieval final : public Operator {
  public:
   std::string_view kind() const override { return "landmark_retrieval"; }
   std::vector<OpForm> forms() const override {
-    return {{.name = "reference"}, {.name = "composite", .cuda = true, .low_precision = true}};
+    return {{.name = "reference"},
+            {.name = "composite", .cuda = true, .low_precision = true},
+            {.name = "cpu", .low_precision = true, .float64 = false}};
   }
   // Not a sequence operator for the laws: what carries the past is the layer's state.
   bool is_sequence() const override { return false; }
@@ -161,11 +163,14 @@ class LandmarkRetrieval final : public Operator {
                            "composite has");
       return by_reference(call, about);
     }
-    if (form != "composite")
+    if (form != "composite" && form != "cpu")
       return invalid_argument("landmark: \"", form, "\" is not a form of landmark_retrieval; ",
-                              "known: composite, reference");
+                              "known: composite, cpu, reference");
+    if (form == "cpu")
+      EVERLONG_RETURN_IF_ERROR(
+          check_cpu_kernel(call.inputs.at("q"), call.inputs.at("k"), call.inputs.at("v")));
     return run_by_autograd(call, [&](const TensorMap& inputs, const TensorMap&) {
-      return by_composite(inputs, about);
+      return by_parts(inputs, about, form == "cpu" ? Path::kCpu : Path::kComposite);
     });
   }
 
