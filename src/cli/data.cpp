@@ -148,6 +148,12 @@ void add_data(Command& program) {
                  "longer files are cut");
   prepare.option("--shard-tokens N", prepare_command.options.shard_tokens,
                  "tokens of a shard file");
+  prepare.option("--landmark-block N", prepare_command.options.landmark_block,
+                 "for Landmark Attention: insert a landmark (id: the tokenizer's vocabulary) after "
+                 "every N - 1 tokens of a document; 0: none");
+  prepare.flag("--landmark-predicted", prepare_command.options.landmark_predicted,
+               "landmarks are predicted like any token and asked for the next one, for models with "
+               "landmark_predicted = true; without it they are neither");
   prepare.flag("--all-files", prepare_command.options.all_files,
                "also files whose ending does not say that they are text");
   prepare.flag("--force", prepare_command.options.force,
@@ -155,6 +161,8 @@ void add_data(Command& program) {
   prepare.flag("--json", prepare_command.json, "print one JSON object");
   prepare.example(
       "everlong data prepare data/python-doc --out data/python-doc.tokens --valid-fraction 0.1");
+  prepare.example(
+      "everlong data prepare data/python-doc --out data/python-doc.landmarks --landmark-block 64");
   prepare.run([] { return prepare_command.run(); });
 
   static InfoCommand info_command;

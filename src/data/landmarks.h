@@ -39,4 +39,16 @@ class LandmarkInserter {
   std::int64_t in_block_ = 0;  // text tokens since the last landmark
 };
 
+// A document with what is asked after each of its tokens.
+struct LabelledText {
+  std::vector<std::int32_t> ids;      // the end of document last
+  std::vector<std::int32_t> targets;  // kNoTarget (targets.h) where nothing is asked
+  std::vector<float> weights;
+  std::vector<float> writes = {};  // how often a memory stores each token; empty: once each
+};
+
+// The document with landmarks that are never predicted (section 4.1): they ask nothing, and the
+// token before one asks what it asked without it.
+LabelledText with_landmarks(const LabelledText& text, std::int64_t block, std::int32_t landmark);
+
 }  // namespace everlong

@@ -10,7 +10,9 @@
 
 #include "core/progress.h"
 #include "data/install.h"
+#include "data/landmarks.h"
 #include "data/staging.h"
+#include "data/targets.h"
 #include "data/tokenizer.h"
 
 namespace everlong {
@@ -36,6 +38,13 @@ Status check(const PrepareOptions& options) {
   if (options.shard_tokens < 1 || options.shard_tokens > kMaxShardTokens)
     return invalid_argument("shard_tokens = ", options.shard_tokens,
                             " is out of range; allowed: 1 to ", kMaxShardTokens);
+  if (options.landmark_block != 0 &&
+      (options.landmark_block < 2 || options.landmark_block > kMaxShardTokens))
+    return invalid_argument("landmark_block = ", options.landmark_block,
+                            " is out of range; allowed: 2 to ", kMaxShardTokens,
+                            ", or 0 for no landmarks");
+  if (options.landmark_predicted && options.landmark_block == 0)
+    return invalid_argument("landmark_predicted needs landmark_block: there are no landmarks");
   return {};
 }
 
@@ -92,10 +101,29 @@ void split(std::vector<Document>& documents, double valid_fraction) {
     std::max_element(documents.begin(), documents.end(), by_hash)->valid = false;
 }
 
+// Adds a document, landmarks and all.
+Status add_document(SplitWriter& split, const std::vector<std::int32_t>& ids, std::int64_t bytes,
+                    const PrepareOptions& options, std::int32_t landmark) {
+  if (options.landmark_block == 0) return split.add(ids, bytes);
+  if (options.landmark_predicted) {
+    std::vector<std::int32_t> marked;
+    LandmarkInserter(options.landmark_block, landmark, true).insert(ids, marked);
+    if (marked.back() == landmark) marked.pop_back();  // nothing comes after it
+    return split.add(marked, bytes);
+  }
+  LabelledText text{ids, {ids.begin() + 1, ids.end()}, std::vector<float>(ids.size(), 1)};
+  text.targets.push_back(kNoTarget);
+  text.weights.back() = 0;
+  const LabelledText marked = with_landmarks(text, options.landmark_block, landmark);
+  return split.add(marked.ids, bytes, marked.targets, marked.weights);
+}
+
 Status write_documents(const std::vector<TextFile>& files, const std::vector<Document>& documents,
                        const Tokenizer& tokenizer, const fs::path& folder,
-                       std::int64_t shard_tokens, PrepareReport& report) {
-  SplitWriter train(folder, "train", shard_tokens), valid(folder, "valid", shard_tokens);
+                       const PrepareOptions& options, PrepareReport& report) {
+  SplitWriter train(folder, "train", options.shard_tokens),
+      valid(folder, "valid", options.shard_tokens);
+  const auto landmark = static_cast<std::int32_t>(tokenizer.vocab_size());
   Progress progress("writing", report.bytes, "B");
   std::vector<std::int32_t> ids;
   std::int64_t done = 0;
@@ -109,7 +137,8 @@ Status write_documents(const std::vector<TextFile>& files, const std::vector<Doc
     tokenizer.encode(text, ids);
     ids.push_back(tokenizer.eod());
     EVERLONG_RETURN_IF_ERROR(
-        (document.valid ? valid : train).add(ids, document.bytes).at(path.string()));
+        add_document(document.valid ? valid : train, ids, document.bytes, options, landmark)
+            .at(path.string()));
     done += document.bytes;
     progress.update(done);
   }
@@ -168,12 +197,12 @@ Result<PrepareReport> prepare(const std::vector<fs::path>& paths, const fs::path
   const auto written = [&]() -> Status {
     EVERLONG_ASSIGN(const auto staging, StagingFolder::create(out, "prepare"));
     report.dataset = {std::string(tokenizer->name()),
-                      tokenizer->vocab_size(),
+                      tokenizer->vocab_size() + (options.landmark_block > 0 ? 1 : 0),
                       tokenizer->eod(),
                       options.valid_fraction,
                       {}};
-    EVERLONG_RETURN_IF_ERROR(write_documents(files, documents, *tokenizer, staging.path(),
-                                             options.shard_tokens, report));
+    EVERLONG_RETURN_IF_ERROR(
+        write_documents(files, documents, *tokenizer, staging.path(), options, report));
     if (tokenizer->name().starts_with("tokenizer."))
       EVERLONG_RETURN_IF_ERROR(copy_tokenizer_files(options.tokenizer, out));
     return install_dataset(staging.path(), out, report.dataset);

@@ -17,6 +17,11 @@ struct PrepareOptions {
   bool force = false;      // write into a folder that holds other things
   std::int64_t max_document_bytes = std::int64_t{4} << 20;
   std::int64_t shard_tokens = std::int64_t{1} << 26;
+  // 2 or more: a landmark (Landmark Attention; its id is the tokenizer's vocabulary) closes every
+  // block of so many tokens of a document. Never predicted, as models with landmark_predicted =
+  // false need it; or predicted like any token, and asked for the next one.
+  std::int64_t landmark_block = 0;
+  bool landmark_predicted = false;
 };
 
 struct PrepareReport {

@@ -82,6 +82,43 @@ TEST_F(Prepare, EveryFileBecomesOneDocumentInOneSplit) {
   EXPECT_EQ(splits.at("train").tokens, splits.at("train").bytes + splits.at("train").documents);
 }
 
+// Seven bytes and the end of the document, in blocks of three positions and a landmark.
+TEST_F(Prepare, LandmarksCloseBlocksAndAreOrAreNotPredicted) {
+  put("one.txt", "abcdefg");
+  using Ids = std::vector<std::int32_t>;
+  constexpr std::int32_t kMark = 259, kEnd = 256;
+  const Ids marked = {'a', 'b', 'c', kMark, 'd', 'e', 'f', kMark, 'g', kEnd};
+  const auto ids_of = [&](const SplitView& split) {
+    Ids ids(static_cast<std::size_t>(split.tokens()));
+    EXPECT_TRUE(split.read(0, ids).ok());
+    return ids;
+  };
+  run({.valid_fraction = 0, .landmark_block = 4});
+  {
+    const auto dataset = *TokenDataset::open(out_);
+    EXPECT_TRUE(dataset.verify().ok());
+    EXPECT_EQ(dataset.info().vocab_size, 260);
+    const auto split = *dataset.split("train");
+    EXPECT_EQ(ids_of(split), marked);
+    Ids targets(marked.size());
+    std::vector<float> weights(marked.size());
+    ASSERT_TRUE(split.has_targets() && split.read_targets(0, targets, weights).ok());
+    EXPECT_EQ(targets, (Ids{'b', 'c', 'd', kNoTarget, 'e', 'f', 'g', kNoTarget, kEnd, kNoTarget}));
+    EXPECT_EQ(weights, (std::vector<float>{1, 1, 1, 0, 1, 1, 1, 0, 1, 0}));
+  }
+  run({.valid_fraction = 0, .landmark_block = 4, .landmark_predicted = true});
+  const auto dataset = *TokenDataset::open(out_);
+  const auto split = *dataset.split("train");
+  EXPECT_EQ(ids_of(split), marked);
+  EXPECT_FALSE(split.has_targets());
+  // A block that the end of the document fills has no landmark behind it.
+  run({.valid_fraction = 0, .landmark_block = 9, .landmark_predicted = true});
+  EXPECT_EQ(ids_of(*TokenDataset::open(out_)->split("train")).size(), 8u);
+  for (const PrepareOptions& bad :
+       {PrepareOptions{.landmark_block = 1}, PrepareOptions{.landmark_predicted = true}})
+    EXPECT_EQ(prepare({text_}, out_, bad).status().code(), StatusCode::kInvalidArgument);
+}
+
 TEST_F(Prepare, SplitDependsOnTheTextAloneNotOnNamesOrNeighbours) {
   put_many(60);
   run({.valid_fraction = 0.3});

@@ -8,7 +8,6 @@
 
 #include "core/progress.h"
 #include "data/install.h"
-#include "data/landmarks.h"
 #include "data/staging.h"
 #include "data/word_tokenizer.h"
 
@@ -24,25 +23,6 @@ constexpr double kMostWrites = 1e9;  // beyond it fp32 sums of a memory lose wha
 // is left out, and the document is one token shorter.
 std::int64_t text_tokens(std::int64_t tokens, std::int64_t block) {
   return block == 0 ? tokens : tokens - tokens / block;
-}
-
-// The document with landmarks: its text is one of text_tokens() tokens.
-SyntheticDocument with_landmarks(const SyntheticDocument& text, std::int64_t block,
-                                 std::int32_t landmark) {
-  SyntheticDocument out;
-  out.best_nats = text.best_nats;
-  LandmarkInserter inserter(block, landmark);
-  for (std::size_t i = 0; i < text.ids.size(); ++i) {
-    inserter.insert(std::span(text.ids).subspan(i, 1), out.ids);
-    out.targets.resize(out.ids.size() - 1, kNoTarget);
-    out.weights.resize(out.ids.size() - 1, 0);
-    out.targets.push_back(text.targets[i]);
-    out.weights.push_back(text.weights[i]);
-    if (text.writes.empty()) continue;
-    out.writes.resize(out.ids.size() - 1, 1);
-    out.writes.push_back(text.writes[i]);
-  }
-  return out;
 }
 
 // The one token of a word.
@@ -164,7 +144,8 @@ Result<SyntheticDocument> SyntheticDocuments::document(std::uint64_t number) con
   };
   EVERLONG_ASSIGN(auto made, make());
   if (block == 0) return made;
-  return with_landmarks(made, block, static_cast<std::int32_t>(tokenizer_->vocab_size()));
+  const auto landmark = static_cast<std::int32_t>(tokenizer_->vocab_size());
+  return SyntheticDocument{with_landmarks(made, block, landmark), made.best_nats};
 }
 
 Result<SyntheticDocument> SyntheticDocuments::recall(std::int64_t tokens, Random& random) const {

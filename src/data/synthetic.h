@@ -14,15 +14,12 @@
 #include <optional>
 
 #include "data/dataset.h"
+#include "data/landmarks.h"
 #include "data/retrieval_task.h"
 
 namespace everlong {
 
-struct SyntheticDocument {
-  std::vector<std::int32_t> ids;      // the end of document last
-  std::vector<std::int32_t> targets;  // kNoTarget where nothing is asked
-  std::vector<float> weights;
-  std::vector<float> writes = {};  // how often a memory stores each token; empty: once each
+struct SyntheticDocument : LabelledText {
   double best_nats = 0;  // counts: -ln of what the best predictor gives the targets, summed
 };
 
