@@ -57,15 +57,31 @@ struct Gathering {
   }
 };
 
+// torch's attention kernel of the device, with its log-sum-exp [B, H, T].
+std::pair<Tensor, Tensor> attend(const Tensor& q_BHTD, const Tensor& k_BHTD, const Tensor& v_BHTD) {
+  if (q_BHTD.is_cpu()) {
+    auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHTD, v_BHTD, 0.0,
+                                                                      /*is_causal=*/true);
+    return {out, lse};
+  }
+  const auto all = at::_scaled_dot_product_flash_attention(q_BHTD, k_BHTD, v_BHTD, 0.0,
+                                                           /*is_causal=*/true);
+  return {std::get<0>(all), std::get<1>(all)};
+}
+
 }  // namespace
 
 Result<Tensor> released_dilated_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                           const longnet::Geometry& geometry) {
+  if (q.is_cuda() && q.scalar_type() != at::kBFloat16 && q.scalar_type() != at::kHalf)
+    return unsupported(
+        "baseline released: torch's flash attention on CUDA takes bf16 and fp16, not ",
+        q.scalar_type());
   if (q.sizes() != k.sizes() || q.sizes() != v.sizes() || !geometry.causal ||
-      geometry.beyond != longnet::Beyond::kFixed || !q.device().is_cpu() || q.size(1) == 0)
+      geometry.beyond != longnet::Beyond::kFixed || q.size(1) == 0)
     return invalid_argument(
-        "baseline released: q, k and v of one shape, causal attention on the CPU and beyond = "
-        "\"fixed\" are needed; q is ",
+        "baseline released: q, k and v of one shape, causal attention and beyond = \"fixed\" are "
+        "needed; q is ",
         q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " on ", q.device().str());
   std::vector<Tensor> outputs, sums;
   for (const auto& pattern : geometry.patterns) {
@@ -75,8 +91,7 @@ Result<Tensor> released_dilated_attention(const Tensor& q, const Tensor& k, cons
                               " does not divide its segment of ", gathering.segment,
                               " tokens, where the released code misplaces rows; give ratios that "
                               "divide the segments and the length");
-    const auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
-        gathering.sparse(q), gathering.sparse(k), gathering.sparse(v), 0.0, /*is_causal=*/true);
+    const auto [out, lse] = attend(gathering.sparse(q), gathering.sparse(k), gathering.sparse(v));
     outputs.push_back(gathering.dense(out));
     const Tensor sum = gathering.dense(lse.detach().unsqueeze(3));
     sums.push_back(sum.masked_fill(sum == 0, kNotCovered));

@@ -9,12 +9,12 @@
 
 namespace everlong {
 
-// q, k, v [B, T, H, D], fp32 or bf16 on the CPU -> [B, T, H, D]. A pattern pads to whole segments
-// and heads to a multiple of the ratio, takes a diagonal copy, attends by torch's fused kernel,
-// writes the rows back into zeros of full size; then the patterns are mixed by weights that carry
-// no gradient. The offsets are the rule "block" whatever the geometry says. Differentiable. Refuses
-// what that code gets wrong or does not do: ratios that do not divide their segment, `grow`,
-// grouped heads, bidirectional attention.
+// q, k, v [B, T, H, D], fp32 or bf16 on the CPU, bf16 or fp16 on CUDA -> [B, T, H, D]. A pattern
+// pads to whole segments and heads to a multiple of the ratio, takes a diagonal copy, attends by
+// torch's fused kernel, writes the rows back into zeros of full size; then the patterns are mixed
+// by weights that carry no gradient. The offsets are the rule "block" whatever the geometry says.
+// Differentiable. Refuses what that code gets wrong or does not do: ratios that do not divide their
+// segment, `grow`, grouped heads, bidirectional attention.
 Result<at::Tensor> released_dilated_attention(const at::Tensor& q_BTHD, const at::Tensor& k_BTHD,
                                               const at::Tensor& v_BTHD,
                                               const longnet::Geometry& geometry);

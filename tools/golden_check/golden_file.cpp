@@ -118,7 +118,7 @@ namespace {
 
 struct Compared {
   bool good = false;
-  double error = 0;  // largest |a - b| over the largest |b|
+  double error = 0;  // largest |a - b|, over the largest |b| unless b is 0 within atol
   std::string why;
 };
 
@@ -141,7 +141,7 @@ Compared compare(const at::Tensor& given, const at::Tensor& wanted, double rtol,
   if (!at::isfinite(b).all().item<bool>()) return {false, 0, "is not finite in the file"};
   const double worst = (a - b).abs().max().item<double>(), scale = b.abs().max().item<double>();
   const double allowed = atol + rtol * scale;
-  const double relative = scale > 0 ? worst / scale : worst;
+  const double relative = scale > atol ? worst / scale : worst;
   if (worst <= allowed) return {true, relative, ""};
   return {false, relative,
           cat("differs by ", worst, "; allowed ", allowed, " (largest value ", scale, ")")};
