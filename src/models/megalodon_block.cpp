@@ -91,9 +91,9 @@ Status Decoder::build_megalodon() {
   }
   EVERLONG_ASSIGN(const auto settings, megalodon::read_settings(spec_of(config_, 0)));
   auto output = register_module("output", std::make_shared<ModuleGroup>());
-  time_norm_ = output->add("final_norm",
-                           std::make_shared<megalodon::TimestepNorm>(
-                               config_.hidden_size, settings.norm_num_groups, settings.norm_eps));
+  time_norm_ = output->add("final_norm", std::make_shared<megalodon::TimestepNorm>(
+                                             config_.hidden_size, settings.norm_num_groups,
+                                             settings.norm_eps, settings.norm_window));
   const std::int64_t rows = config_.output_size > 0 ? config_.output_size : config_.vocab_size;
   head_ =
       config_.tie_word_embeddings

@@ -76,6 +76,8 @@ Result<json> write_megalodon(const ModelConfig& config) {
            .norm_eps = config.norm_eps,
            .settings = found == config.mechanisms.end() ? json::object() : found->second}));
   if (s.norm_eps != config.norm_eps) return refuse("megalodon: a norm_eps of its own");
+  if (s.norm_window.bounded()) return refuse("megalodon: norm_window");
+  if (!s.moving_average) return refuse("megalodon: moving_average = \"off\"");
   return json{{"model_type", kName},
               {"num_layers", config.num_layers()},
               {"model_dim", config.hidden_size},

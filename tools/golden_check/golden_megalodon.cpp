@@ -222,7 +222,9 @@ Status take_weights(const Case& wanted, const Subject& subject) {
 }
 
 LayerSpec spec_of(const json& params) {
-  LayerSpec spec{.hidden_size = params.at("mdim"), .norm_eps = params.value("norm_eps", kEps)};
+  LayerSpec spec;
+  spec.hidden_size = params.at("mdim");
+  spec.norm_eps = params.value("norm_eps", kEps);
   spec.settings = {{"num_heads", params.at("num_heads")},
                    {"z_dim", params.at("zdim")},
                    {"value_dim", params.at("hdim")},

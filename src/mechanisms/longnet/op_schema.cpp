@@ -11,7 +11,8 @@ using at::Tensor;
 Tensor compute(const Tensor& q, const Tensor& k, const Tensor& v, at::IntArrayRef segment_length,
                at::IntArrayRef dilated_ratio, bool causal, std::optional<double> scale,
                at::IntArrayRef cu_seqlens) {
-  Options options{.scale = scale};
+  Options options;
+  options.scale = scale;
   auto patterns = make_patterns(segment_length, dilated_ratio);
   throw_if_error(patterns.status());
   options.geometry.patterns = std::move(patterns).value();

@@ -12,7 +12,8 @@
 namespace everlong::megalodon {
 namespace {
 
-constexpr std::int64_t kMost = std::int64_t{1} << 20, kLongestChunk = std::int64_t{1} << 40;
+constexpr std::int64_t kMost = std::int64_t{1} << 20, kLongestChunk = std::int64_t{1} << 40,
+                       kMostWindow = 4096;
 
 }  // namespace
 
@@ -32,6 +33,13 @@ Result<LayerSettings> read_settings(const LayerSpec& spec) {
   out.rope_base = s.number("rope_base", kRopeBase, 1, 1e30);
   out.norm_eps = s.number("norm_eps", spec.norm_eps, 0, 1);
   out.norm_affine = s.boolean("norm_affine", true);
+  const std::int64_t window = s.integer("norm_window", 0, 0, kMostWindow);
+  if (window % 2 != 0)
+    s.fail(invalid_argument("norm_window = ", window,
+                            " chunks; an even number is needed, because statistics leave by two "
+                            "chunks at a time, or 0: they cover the whole text"));
+  out.norm_window = {2 * out.chunk_size, window / 2};
+  out.moving_average = s.choice("moving_average", "on", {"on", "off"}) == "on";
   for (const auto& [key, dim] :
        {std::pair{"z_dim", out.z_dim}, std::pair{"value_dim", out.value_dim}})
     if (dim % out.num_heads != 0)
@@ -48,8 +56,8 @@ Result<LayerSettings> read_settings(const LayerSpec& spec) {
 
 GatedAttention::GatedAttention(const LayerSettings& s) : settings_(s) {
   const std::int64_t D = s.hidden_size;
-  timenorm_ =
-      register_module("timenorm", std::make_shared<TimestepNorm>(D, s.norm_num_groups, s.norm_eps));
+  timenorm_ = register_module(
+      "timenorm", std::make_shared<TimestepNorm>(D, s.norm_num_groups, s.norm_eps, s.norm_window));
   cema_ = register_module("cema", std::make_shared<MovingAverage>(D, s.cema_ndim));
   if (s.norm_affine)
     rmsnorm_ = register_module("rmsnorm", std::make_shared<Named>())
@@ -67,7 +75,7 @@ std::unique_ptr<State> GatedAttention::make_state(std::int64_t sequences) const 
   const LayerSettings& s = settings_;
   const LayerStateShape shape{s.hidden_size, s.norm_num_groups,     s.cema_ndim,
                               s.num_heads,   s.z_dim / s.num_heads, s.value_dim / s.num_heads,
-                              s.chunk_size};
+                              s.chunk_size,  s.norm_window};
   return std::make_unique<LayerState>(sequences, shape,
                                       wz_->weight().options().requires_grad(false));
 }
@@ -79,16 +87,39 @@ LayerState* GatedAttention::own_state(const at::Tensor& x_BTD, const Sequences& 
   return own_state_of<LayerState>("megalodon", x_BTD, settings_.hidden_size, sequences, state);
 }
 
+NormAveraged GatedAttention::carriers(const at::Tensor& x_BTD, const Sequences& sequences,
+                                      const std::vector<std::int64_t>& positions, NormMemory& norm,
+                                      const at::Tensor& averages) const {
+  const EmaWeights weights = cema_->weights();
+  NormAveraged out;
+  if (settings_.moving_average && !settings_.norm_window.bounded()) {
+    out = norm_cema(x_BTD, timenorm_->weight(), timenorm_->bias(), settings_.norm_eps, weights,
+                    sequences.offsets, norm.state(positions), averages);
+    norm.set(out.norm);
+    return out;
+  }
+  out.u_BTD = timenorm_->normalise(x_BTD, sequences, positions, norm);
+  if (settings_.moving_average) {
+    Averaged e = cema(out.u_BTD, weights, sequences.offsets, averages);
+    out.e_BTD = std::move(e.y_BTD);
+    out.h_NDM2 = std::move(e.h_NDM2);
+  } else {
+    out.e_BTD = out.u_BTD * weights.omega_D1.flatten().to(out.u_BTD.scalar_type());
+    out.h_NDM2 = averages;
+  }
+  return out;
+}
+
 at::Tensor GatedAttention::forward(const at::Tensor& x_BTD, const Sequences& sequences,
                                    State* state) {
   const LayerSettings& s = settings_;
   LayerState* own = own_state(x_BTD, sequences, state);
   const std::int64_t count = sequences.count(x_BTD.size(0));
-  const NormState norm =
-      own != nullptr ? own->norm() : fresh_norm_state(count, s.norm_num_groups, x_BTD.device());
-  const at::Tensor averages = own != nullptr ? own->averages() : at::Tensor();
-  NormAveraged ue = norm_cema(x_BTD, timenorm_->weight(), timenorm_->bias(), s.norm_eps,
-                              cema_->weights(), sequences.offsets, norm, averages);
+  NormMemory norm = own != nullptr ? own->norm() : timenorm_->fresh(count);
+  std::vector<std::int64_t> positions(static_cast<std::size_t>(count));
+  if (own != nullptr) positions = own->positions();
+  NormAveraged ue =
+      carriers(x_BTD, sequences, positions, norm, own != nullptr ? own->averages() : at::Tensor());
   const at::Tensor m = rms_norm(ue.e_BTD, rmsnorm_.defined() ? rmsnorm_ + 1 : rmsnorm_, s.norm_eps);
   const at::Tensor v = at::silu(wv_->forward(ue.u_BTD)),
                    z = wz_->forward(m).unflatten(2, {s.num_heads, s.z_dim / s.num_heads}),
@@ -110,7 +141,8 @@ at::Tensor GatedAttention::forward(const at::Tensor& x_BTD, const Sequences& seq
       o = chunk_attention_appending(z, values, gamma_, beta_, s.attention(), sequences.offsets,
                                     cache, own->shared());
     }
-    own->set(std::move(ue.norm), std::move(ue.h_NDM2), std::move(cache));
+    own->set(std::move(norm), moved_positions(positions, sequences, x_BTD.size(1)),
+             std::move(ue.h_NDM2), std::move(cache));
   }
   return wh1_->forward(m) + wh2_->forward(o.flatten(2) * r);
 }

@@ -17,6 +17,8 @@ struct LayerSettings {
   std::int64_t chunk_size = 2048;
   double rope_base = kRopeBase, norm_eps = kNormEps;
   bool norm_affine = true;  // of the RMS norm here and the layer norm of the block
+  NormWindow norm_window = {};
+  bool moving_average = true;  // false: e = omega u, a control that carries nothing but the norm
 
   AttentionShape attention() const { return {chunk_size, rope_base, norm_eps}; }
 };
@@ -35,6 +37,11 @@ class GatedAttention final : public Mixer {
   std::string path(at::Device device) const override;
 
  private:
+  // u and e, in one pass over the activations where the norm covers the whole text. `norm` moves
+  // on; the result's own norm state is left empty.
+  NormAveraged carriers(const at::Tensor& x_BTD, const Sequences& sequences,
+                        const std::vector<std::int64_t>& positions, NormMemory& norm,
+                        const at::Tensor& averages) const;
   LayerState* own_state(const at::Tensor& x_BTD, const Sequences& sequences, State* state) const;
 
   LayerSettings settings_;

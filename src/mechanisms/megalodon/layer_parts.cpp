@@ -37,9 +37,11 @@ at::Tensor Projection::forward(const at::Tensor& x) const {
   return bias_.defined() ? at::linear(x, weight_, bias_) : at::linear(x, weight_);
 }
 
-TimestepNorm::TimestepNorm(std::int64_t width, std::int64_t groups, double eps)
+TimestepNorm::TimestepNorm(std::int64_t width, std::int64_t groups, double eps,
+                           const NormWindow& window)
     : groups_(groups),
       eps_(eps),
+      window_(window),
       weight_(register_parameter("weight", constant_weight({width}, 0))),
       bias_(register_parameter("bias", constant_weight({width}, 0))) {}
 
@@ -49,15 +51,17 @@ at::Tensor TimestepNorm::forward(const at::Tensor& x_BTD, const Sequences& seque
   TORCH_CHECK_VALUE(state == nullptr || own != nullptr,
                     "megalodon: the state is not of a timestep norm");
   const std::int64_t count = sequences.count(x_BTD.size(0));
-  const NormState before = own != nullptr ? norm_state(own->mean(), own->var(), own->positions())
-                                          : fresh_norm_state(count, groups_, x_BTD.device());
-  Normalised out = timestep_norm(x_BTD, weight_, bias_, eps_, sequences.offsets, before);
-  if (own != nullptr) own->set(std::move(out.state));
-  return out.y_BTD;
+  NormMemory memory = own != nullptr ? own->memory() : fresh(count);
+  std::vector<std::int64_t> positions(static_cast<std::size_t>(count));
+  if (own != nullptr) positions = own->positions();
+  at::Tensor y = normalise(x_BTD, sequences, positions, memory);
+  if (own != nullptr)
+    own->set(std::move(memory), moved_positions(positions, sequences, x_BTD.size(1)));
+  return y;
 }
 
 std::unique_ptr<State> TimestepNorm::make_state(std::int64_t sequences) const {
-  return std::make_unique<NormOnlyState>(sequences, groups_, weight_.device());
+  return std::make_unique<NormOnlyState>(sequences, groups_, window_, weight_.device());
 }
 
 std::string TimestepNorm::path(at::Device device) const {

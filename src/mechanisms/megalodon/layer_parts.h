@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "layers/mixer.h"
+#include "mechanisms/megalodon/layer_norm_memory.h"
 #include "mechanisms/megalodon/op.h"
 
 namespace everlong::megalodon {
@@ -31,18 +32,26 @@ class Projection final : public torch::nn::Module {
 // behind the last block, with a state of its own.
 class TimestepNorm final : public Mixer {
  public:
-  TimestepNorm(std::int64_t width, std::int64_t groups, double eps);
+  TimestepNorm(std::int64_t width, std::int64_t groups, double eps, const NormWindow& window);
   at::Tensor forward(const at::Tensor& x_BTD, const Sequences& sequences, State* state) override;
   std::unique_ptr<State> make_state(std::int64_t sequences) const override;
   std::string path(at::Device device) const override;
 
   const at::Tensor& weight() const { return weight_; }
   const at::Tensor& bias() const { return bias_; }
-  std::int64_t groups() const { return groups_; }
+  // By itself: y, with what `memory` holds moved on.
+  at::Tensor normalise(const at::Tensor& x_BTD, const Sequences& sequences,
+                       const std::vector<std::int64_t>& positions, NormMemory& memory) const {
+    return memory.forward(x_BTD, weight_, bias_, eps_, sequences.offsets, positions);
+  }
+  NormMemory fresh(std::int64_t sequences) const {
+    return {sequences, groups_, window_, weight_.device()};
+  }
 
  private:
   std::int64_t groups_;
   double eps_;
+  NormWindow window_;
   at::Tensor weight_, bias_;
 };
 

@@ -2,37 +2,40 @@
 // average, and the keys and values of the unfinished chunk. The phase of a sequence in its chunk is
 // its position modulo the chunk size, so sequences of a batch may be anywhere.
 #pragma once
+#include "layers/mixer.h"
 #include "layers/state.h"
-#include "mechanisms/megalodon/op.h"
+#include "mechanisms/megalodon/layer_norm_memory.h"
 
 namespace everlong::megalodon {
 
-NormState norm_state(const at::Tensor& mean_NG, const at::Tensor& var_NG,
-                     const std::vector<std::int64_t>& positions);
+// Where sequences are after `tokens` more of a call (of a packed line: each its own part of it).
+std::vector<std::int64_t> moved_positions(std::vector<std::int64_t> positions,
+                                          const Sequences& sequences, std::int64_t tokens);
 
-// Of a timestep norm by itself: "mean" and "var" [N, G] fp64; its count is the position.
+// Of a timestep norm by itself: the tensors of NormMemory; its count is the position.
 class NormOnlyState final : public State {
  public:
-  NormOnlyState(std::int64_t sequences, std::int64_t groups, at::Device device);
+  NormOnlyState(std::int64_t sequences, std::int64_t groups, const NormWindow& window,
+                at::Device device);
 
-  const at::Tensor& mean() const { return mean_; }
-  const at::Tensor& var() const { return var_; }
-  void set(NormState state);  // positions too
+  const NormMemory& memory() const { return memory_; }
+  void set(NormMemory memory, std::vector<std::int64_t> positions);
 
-  TensorMap tensors() const override { return {{"mean", mean_}, {"var", var_}}; }
+  TensorMap tensors() const override;
   Status restore(const TensorMap& tensors) override;
   std::unique_ptr<State> select(std::span<const std::int64_t> sequences) const override;
   std::int64_t bytes_bound(std::int64_t tokens) const override;
 
  private:
-  at::Tensor mean_, var_;
+  NormMemory memory_;
 };
 
 struct LayerStateShape {
   std::int64_t width = 1, groups = 1, modes = 1, heads = 1, key_dim = 2, value_dim = 1, chunk = 1;
+  NormWindow norm_window = {};
 };
 
-// "norm.mean", "norm.var" [N, G] fp64; "cema.h" [N, D, M, 2] fp32 (fp64 under fp64 weights);
+// "norm." and the tensors of NormMemory; "cema.h" [N, D, M, 2] fp32 (fp64 under fp64 weights);
 // "attn.cache_k" [N, P, H, K] and "attn.cache_v" [N, P, H, V] in the dtype of the weights, of which
 // a sequence holds the first position % chunk rows; what lies behind is never read. Without grad
 // mode rows are appended in place, never over rows that are held.
@@ -46,19 +49,21 @@ class LayerState final : public State {
   std::unique_ptr<State> select(std::span<const std::int64_t> sequences) const override;
   std::int64_t bytes_bound(std::int64_t tokens) const override;
 
-  NormState norm() const { return norm_state(mean_, var_, positions()); }
+  const NormMemory& norm() const { return norm_; }
   const at::Tensor& averages() const { return h_; }
   // Throws when the caches hold fewer rows than the positions say.
   ChunkCache cache() const;
   // The buffers may be somebody else's too: to be copied before rows are appended.
   bool shared() const { return shared_; }
 
-  // What a call left behind; the positions move to the norm's counts.
-  void set(NormState norm, at::Tensor averages, ChunkCache cache);
+  // What a call left behind.
+  void set(NormMemory norm, std::vector<std::int64_t> positions, at::Tensor averages,
+           ChunkCache cache);
 
  private:
   LayerStateShape shape_;
-  at::Tensor mean_, var_, h_, k_, v_;
+  NormMemory norm_;
+  at::Tensor h_, k_, v_;
   bool shared_ = false;
 };
 
