@@ -237,6 +237,15 @@ Status SplitView::read(std::int64_t position, std::span<std::int32_t> out) const
   return {};
 }
 
+void SplitView::release(std::int64_t position, std::int64_t count) const {
+  while (count > 0) {
+    const auto part = piece(position, count);
+    data_->shards[shard_at(position)].release(part);
+    position += std::ssize(part);
+    count -= std::ssize(part);
+  }
+}
+
 Status SplitView::read_targets(std::int64_t position, std::span<std::int32_t> targets,
                                std::span<float> weights) const {
   assert(has_targets() && targets.size() == weights.size());

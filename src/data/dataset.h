@@ -83,6 +83,8 @@ class SplitView {
   // Copies tokens across shards; refuses ids outside the vocabulary, which would index past an
   // embedding.
   Status read(std::int64_t position, std::span<std::int32_t> out) const;
+  // Takes these tokens out of the process's memory, for who reads a long text once, in order.
+  void release(std::int64_t position, std::int64_t count) const;
   // Whether the split says itself what each token predicts, and then what: copied across shards.
   bool has_targets() const { return !data_->targets.empty(); }
   Status read_targets(std::int64_t position, std::span<std::int32_t> targets,

@@ -28,6 +28,9 @@ class Shard {
   std::int64_t documents() const { return static_cast<std::int64_t>(document_starts_.size()) - 1; }
   const fs::path& path() const { return file_.path(); }
 
+  // Takes a part of tokens() out of the process's memory; reading it again is as before.
+  void release(std::span<const std::uint16_t> part) const { file_.release(std::as_bytes(part)); }
+
   // Compares the XXH3-64 checksum.
   Status verify() const;
 

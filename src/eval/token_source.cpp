@@ -19,7 +19,11 @@ std::int64_t TokenSource::tokens() const {
 }
 
 Status TokenSource::read(std::int64_t position, std::span<std::int32_t> out) const {
-  if (split_) return split_->read(position, out);
+  if (split_) {
+    EVERLONG_RETURN_IF_ERROR(split_->read(position, out));
+    split_->release(position, std::ssize(out));
+    return {};
+  }
   std::copy_n(text_.begin() + position, out.size(), out.begin());
   return {};
 }

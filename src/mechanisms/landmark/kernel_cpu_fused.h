@@ -11,6 +11,7 @@ struct SectionView {
   cpu::Rows k, v;               // its ordinary tokens
   std::int64_t count = 0;       // of them, at most cpu::kTileKeys
   const float* gate = nullptr;  // [kTileRows] scores of its landmark, in units of log 2
+  bool whole = false;           // every row sees all of it
   // [kTileRows]: how many of the tokens a row sees, from the first on; 1 where it sees the section
   // through its landmark, else 0.
   std::int32_t seen[cpu::kTileRows];
@@ -18,19 +19,25 @@ struct SectionView {
   bool drop_empty = false;
 };
 
-// Forward of one tile. Queries are packed, times scale and log2(e).
+// Forward of one tile. Queries are packed, times scale and log2(e). Tiles that follow one another
+// on a thread share `shared`: load a section there once, then absorb it into each.
 class FusedForward {
  public:
+  static constexpr std::int64_t kMostTogether = 4;
+  static std::int64_t shared_floats();
   static std::int64_t scratch_floats(int value_dim);
-  FusedForward(const cpu::SoftmaxShape& shape, float* scratch);
+  FusedForward(const cpu::SoftmaxShape& shape, float* shared, float* scratch);
 
   void begin();
-  void absorb(const float* queries, int rows, const SectionView& section);
+  // Whether all values of the section are finite.
+  bool load(const cpu::Rows& k, const cpu::Rows& v, std::int64_t count);
+  // The section that was loaded.
+  void absorb(const float* queries, int rows, const SectionView& section, bool finite);
   void finish(int rows, const cpu::MutableRows& o, const cpu::MutableRows& lse) const;
 
  private:
   cpu::SoftmaxShape shape_;
-  float* scratch_;
+  float *shared_, *scratch_;
 };
 
 // Backward of one section: begin, absorb every tile that sees it, finish.

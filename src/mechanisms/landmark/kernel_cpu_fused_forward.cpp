@@ -17,16 +17,16 @@ namespace {
 // Queries lie along the lanes.
 struct FusedForwardScratch {
   static constexpr std::int64_t kSide = cpu::kTileRows, kCopy = cpu::kTileKeys * kKeyStride;
-  float *k, *v;             // [kTileKeys][kKeyStride]
-  float* p;                 // [kTileKeys][kSide]
+  float *k, *v;             // shared: [kTileKeys][kKeyStride]
+  float* p;                 // shared: [kTileKeys][kSide]
   float *top, *sum, *fade;  // [kSide]: running maximum in units of log 2, sum, last factor
   float* o;                 // [kSide][padded value_dim], not yet divided
 
-  explicit FusedForwardScratch(float* base)
-      : k(base),
+  FusedForwardScratch(float* shared, float* own)
+      : k(shared),
         v(k + kCopy),
         p(v + kCopy),
-        top(p + kSide * cpu::kTileKeys),
+        top(own),
         sum(top + kSide),
         fade(sum + kSide),
         o(fade + kSide) {}
@@ -130,20 +130,22 @@ void weigh(const cpu::SoftmaxShape& shape, const Scratch& s, const SectionView& 
     }
 }
 
-void absorb_section(const cpu::SoftmaxShape& shape, float* scratch, const float* queries, int rows,
-                    const SectionView& section) {
-  const Scratch s(scratch);
+bool load_section(const cpu::SoftmaxShape& shape, const Scratch& s, const cpu::Rows& k,
+                  const cpu::Rows& v, std::int64_t count) {
+  tile::copy_rows(k, 0, count, shape.key_dim, s.k);
+  return tile::copy_rows(v, 0, count, shape.value_dim, s.v);
+}
+
+void absorb_section(const cpu::SoftmaxShape& shape, const Scratch& s, const float* queries,
+                    int rows, const SectionView& section, bool finite) {
   const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(F()));
-  tile::copy_rows(section.k, 0, section.count, shape.key_dim, s.k);
-  const bool finite = tile::copy_rows(section.v, 0, section.count, shape.value_dim, s.v);
-  bool masked = false;
-  for (int r = 0; r < rows; ++r) masked = masked || section.seen[r] < section.count;
+  const bool masked = !section.whole;
   for (std::int64_t first = 0; first < rows; first += 2 * lanes)
     weigh(shape, s, section, queries, first, masked);
   const std::int64_t stride = tile::padded(shape.value_dim);
   for (std::int64_t r = 0; r < rows; r += tile::kRowBlock) {
-    std::int64_t depth = 0;
-    for (std::int64_t i = r; i < HWY_MIN(r + tile::kRowBlock, tile::kSide); ++i)
+    std::int64_t depth = section.whole ? section.count : 0;
+    for (std::int64_t i = r; masked && i < HWY_MIN(r + tile::kRowBlock, tile::kSide); ++i)
       depth = HWY_MAX(depth, HWY_MIN(section.seen[i], section.count));
     if (!finite && masked)
       tile::add_product_carefully<1, tile::kSide>(s.p + r, s.p + r, s.v, depth, shape.value_dim,
@@ -154,10 +156,9 @@ void absorb_section(const cpu::SoftmaxShape& shape, float* scratch, const float*
   }
 }
 
-void write_tile(const cpu::SoftmaxShape& shape, float* scratch, int rows, const cpu::MutableRows& o,
-                const cpu::MutableRows& lse) {
+void write_tile(const cpu::SoftmaxShape& shape, const Scratch& s, int rows,
+                const cpu::MutableRows& o, const cpu::MutableRows& lse) {
   constexpr float kLn2 = 0.693147181F;
-  const Scratch s(scratch);
   for (int r = 0; r < rows; ++r) {
     const float sum = s.sum[r];
     tile::store_row(o, r, shape.value_dim, s.o + r * tile::padded(shape.value_dim),
@@ -174,28 +175,37 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace everlong::landmark {
 namespace {
+HWY_EXPORT(load_section);
 HWY_EXPORT(absorb_section);
 HWY_EXPORT(write_tile);
 }  // namespace
 
-std::int64_t FusedForward::scratch_floats(int value_dim) {
-  return 2 * FusedForwardScratch::kCopy + cpu::kTileRows * cpu::kTileKeys + 3 * cpu::kTileRows +
-         cpu::kTileRows * ((value_dim + 31) / 32 * 32);
+std::int64_t FusedForward::shared_floats() {
+  return 2 * FusedForwardScratch::kCopy + cpu::kTileRows * cpu::kTileKeys;
 }
-FusedForward::FusedForward(const cpu::SoftmaxShape& shape, float* scratch)
-    : shape_(shape), scratch_(scratch) {}
+std::int64_t FusedForward::scratch_floats(int value_dim) {
+  return 3 * cpu::kTileRows + cpu::kTileRows * ((value_dim + 31) / 32 * 32);
+}
+FusedForward::FusedForward(const cpu::SoftmaxShape& shape, float* shared, float* scratch)
+    : shape_(shape), shared_(shared), scratch_(scratch) {}
 
 void FusedForward::begin() {
-  const FusedForwardScratch s(scratch_);
+  const FusedForwardScratch s(shared_, scratch_);
   std::fill_n(s.top, cpu::kTileRows, -std::numeric_limits<float>::infinity());
   std::fill_n(s.sum, cpu::kTileRows, 0.0F);
   std::fill_n(s.o, cpu::kTileRows * ((shape_.value_dim + 31) / 32 * 32), 0.0F);
 }
-void FusedForward::absorb(const float* queries, int rows, const SectionView& section) {
-  HWY_DYNAMIC_DISPATCH(absorb_section)(shape_, scratch_, queries, rows, section);
+bool FusedForward::load(const cpu::Rows& k, const cpu::Rows& v, std::int64_t count) {
+  const FusedForwardScratch s(shared_, scratch_);
+  return HWY_DYNAMIC_DISPATCH(load_section)(shape_, s, k, v, count);
+}
+void FusedForward::absorb(const float* queries, int rows, const SectionView& section, bool finite) {
+  const FusedForwardScratch s(shared_, scratch_);
+  HWY_DYNAMIC_DISPATCH(absorb_section)(shape_, s, queries, rows, section, finite);
 }
 void FusedForward::finish(int rows, const cpu::MutableRows& o, const cpu::MutableRows& lse) const {
-  HWY_DYNAMIC_DISPATCH(write_tile)(shape_, scratch_, rows, o, lse);
+  const FusedForwardScratch s(shared_, scratch_);
+  HWY_DYNAMIC_DISPATCH(write_tile)(shape_, s, rows, o, lse);
 }
 
 }  // namespace everlong::landmark

@@ -29,6 +29,13 @@ inline void view_section(const Plan& plan, const Tile& tile, const Section& sect
   view.count = section.content();
   view.gate = gate;
   view.drop_empty = plan.call.drop_empty;
+  // Nearly all sections of a long text: no row by row, whose positions take a division each.
+  view.whole = tile.rows == kTileRows && is_past(section, tile.first);
+  if (view.whole) {
+    std::fill_n(view.seen, kTileRows, static_cast<std::int32_t>(section.content()));
+    std::fill_n(view.past, kTileRows, 1.0F);
+    return;
+  }
   for (std::int64_t r = 0; r < kTileRows; ++r) {
     const bool row = r < tile.rows;
     const std::int64_t before = row ? tile.position(r) + 1 - section.begin : 0;
