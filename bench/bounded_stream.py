@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One long stream through a tiny model whose state is bounded: time a token, state and memory by position.
 
-  bench/bounded_stream.py [--mechanism longnet] [--tokens 1M] [--feed 16K] [--threads 1]
+  bench/bounded_stream.py [--mechanism longnet] [--tokens 1M] [--feed 2K] [--threads 1]
                           [--folder runs/bounded_stream] [--everlong build/release/bin/everlong] [--json FILE]
 
 Makes a model (two steps of training: weights do not matter here) and a text of random letters, then feeds it with
@@ -49,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mechanism", choices=sorted(SETTINGS), default="longnet")
     parser.add_argument("--tokens", type=count, default=10**6, help="of text; K and M are thousands and millions")
-    parser.add_argument("--feed", type=count, default=16384, help="tokens fed at a time")
+    parser.add_argument("--feed", type=count, default=2048, help="tokens fed at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs/bounded_stream")
     parser.add_argument("--everlong", default=str(ROOT / "build/release/bin/everlong"))

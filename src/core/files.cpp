@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -149,12 +150,17 @@ MappedFile::~MappedFile() {
 }
 
 void MappedFile::release(std::span<const std::byte> part) const {
+  // Pages shared with what lies before or after may go as well: what is read again comes back. And
+  // some before: where a file is read in order, each new page brings a window of pages around it
+  // (64 KiB on Linux), those behind it too.
+  constexpr std::ptrdiff_t kBehind = 1 << 20;
+  if (part.empty()) return;
   const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
-  // Pages shared with what lies before or after may go as well: what is read again comes back.
-  const auto first = reinterpret_cast<std::uintptr_t>(part.data()) / page * page;
+  const std::byte* const from = part.data() - std::min(kBehind, part.data() - data_);
+  const auto first = reinterpret_cast<std::uintptr_t>(from) / page * page;
   const auto last = reinterpret_cast<std::uintptr_t>(part.data() + part.size());
-  if (!part.empty())  // advice: where it fails, memory is only freed later
-    ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+  // Advice: where it fails, memory is only freed later.
+  ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
 Result<MappedFile> MappedFile::open(const fs::path& path) {

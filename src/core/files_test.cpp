@@ -5,7 +5,9 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <fstream>
 
 namespace everlong {
 namespace {
@@ -99,6 +101,42 @@ TEST_F(Files, AMapOutlivesItsMove) {
   const MappedFile second = std::move(first).value();
   ASSERT_EQ(second.bytes().size(), 3U);
   EXPECT_EQ(static_cast<char>(second.bytes()[2]), 'c');
+}
+
+// Bytes of mapped files that the process holds.
+std::int64_t resident_file_bytes() {
+  std::ifstream status("/proc/self/status");
+  std::string word;
+  while (status >> word)
+    if (word == "RssFile:") {
+      std::int64_t kilobytes = 0;
+      status >> kilobytes;
+      return kilobytes << 10;
+    }
+  return -1;
+}
+
+// Read in order and let go of piece by piece, a long file takes no memory; and it can be read
+// again.
+TEST_F(Files, AFileReadInOrderLeavesNothingBehind) {
+  constexpr std::size_t kSize = std::size_t{64} << 20, kPiece = 20000;
+  auto file = AtomicFile::create(folder_ / "long");  // in short writes, as text arrives
+  for (std::size_t written = 0; written < kSize; written += 8192)
+    ASSERT_TRUE(file->write(std::string(8192, 'x')).ok());
+  ASSERT_TRUE(file->commit().ok());
+  const auto map = MappedFile::open(folder_ / "long");
+  ASSERT_TRUE(map.ok());
+  const std::int64_t before = resident_file_bytes();
+  ASSERT_GT(before, 0);
+  std::size_t seen = 0;
+  for (std::size_t at = 0; at < kSize; at += kPiece) {
+    const auto piece = map->bytes().subspan(at, std::min(kPiece, kSize - at));
+    seen += static_cast<std::size_t>(std::ranges::count(piece, std::byte{'x'}));
+    map->release(piece);
+  }
+  EXPECT_EQ(seen, kSize);
+  EXPECT_LT(resident_file_bytes() - before, 4 << 20);
+  EXPECT_EQ(map->bytes()[0], std::byte{'x'});
 }
 
 }  // namespace
