@@ -17,7 +17,8 @@ class TokenSource {
   static Result<TokenSource> from_text(const fs::path& path, const Tokenizer& tokenizer);
 
   std::int64_t tokens() const;
-  // Copies [position, position + out.size()), which must lie within tokens().
+  // Copies [position, position + out.size()), which must lie within tokens(). A dataset's tokens
+  // leave the process's memory again, so a long text read in order takes none.
   Status read(std::int64_t position, std::span<std::int32_t> out) const;
   // Where the document that holds `position` ends.
   std::int64_t document_end(std::int64_t position) const;

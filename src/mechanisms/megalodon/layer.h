@@ -37,8 +37,8 @@ class GatedAttention final : public Mixer {
   std::string path(at::Device device) const override;
 
  private:
-  // u and e, in one pass over the activations where the norm covers the whole text. `norm` moves
-  // on; the result's own norm state is left empty.
+  // u, e and the average's state, in one pass over the activations where the norm covers the whole
+  // text. What `norm` holds moves on.
   NormAveraged carriers(const at::Tensor& x_BTD, const Sequences& sequences,
                         const std::vector<std::int64_t>& positions, NormMemory& norm,
                         const at::Tensor& averages) const;

@@ -32,7 +32,7 @@ class NormMemory {
   Status restore(const TensorMap& tensors, const std::string& prefix);
   NormMemory select(std::span<const std::int64_t> sequences) const;
   std::int64_t bytes_per_sequence() const;
-  std::int64_t tensors() const { return window_.bounded() ? 4 : 2; }
+  std::int64_t tensor_count() const { return window_.bounded() ? 4 : 2; }
 
   // Without a window: the norm's state at these positions, and what it became.
   NormState state(const std::vector<std::int64_t>& positions) const;

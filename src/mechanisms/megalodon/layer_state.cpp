@@ -44,7 +44,7 @@ TensorMap NormOnlyState::tensors() const {
 }
 
 Status NormOnlyState::restore(const TensorMap& given) {
-  EVERLONG_RETURN_IF_ERROR(check_tensor_count(given, memory_.tensors()));
+  EVERLONG_RETURN_IF_ERROR(check_tensor_count(given, memory_.tensor_count()));
   return memory_.restore(given, "");
 }
 
@@ -76,7 +76,7 @@ TensorMap LayerState::tensors() const {
 }
 
 Status LayerState::restore(const TensorMap& given) {
-  EVERLONG_RETURN_IF_ERROR(check_tensor_count(given, norm_.tensors() + 3));
+  EVERLONG_RETURN_IF_ERROR(check_tensor_count(given, norm_.tensor_count() + 3));
   const auto of_cache = [](const at::Tensor& mine, std::int64_t rows) {
     return std::vector<std::int64_t>{mine.size(0), rows, mine.size(2), mine.size(3)};
   };
