@@ -67,6 +67,12 @@ foreach(source ${tests})
   everlong_set_test(${name} ${label})
 endforeach()
 
+# Landmark's tier on a GPU; without one these skip themselves.
+if(TARGET landmark_device_test)
+  add_test(NAME landmark_device_gpu COMMAND landmark_device_test --gtest_filter=*Cuda*)
+  everlong_set_test(landmark_device_gpu gpu)
+endif()
+
 # What `cmake --install` makes, used from elsewhere: the examples, the package's messages, the exported symbols.
 target_compile_definitions(install_test PRIVATE
   EVERLONG_SOURCE_FOLDER="${PROJECT_SOURCE_DIR}" EVERLONG_BUILD_FOLDER="${CMAKE_BINARY_DIR}" EVERLONG_CMAKE="${CMAKE_COMMAND}"

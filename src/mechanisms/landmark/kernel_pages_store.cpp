@@ -1,7 +1,6 @@
 #include "mechanisms/landmark/kernel_pages_store.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <system_error>
 
@@ -10,18 +9,11 @@ namespace {
 
 // A fresh page counts as if the newest token had read it with all its weight.
 constexpr double kFreshMass = 1;
-constexpr double kLeastMass = 0x1p-40;  // masses below count as this much: a read is a read
 
 constexpr std::int64_t kMostPages = std::int64_t{0xFFFFFFFE};
 // What a slot costs beside its page: the slot, its place in the order and its place in the free
 // list, with what the allocator adds to each.
 constexpr std::int64_t kSlotOverhead = 192;
-
-// log2(2^a + 2^b)
-double log2_sum(double a, double b) {
-  const double high = std::max(a, b), low = std::min(a, b);
-  return high + std::log2(1 + std::exp2(low - high));
-}
 
 }  // namespace
 
@@ -39,7 +31,8 @@ PinnedPage::~PinnedPage() {
 PageStore::PageStore(const PageShape& shape, const StoreOptions& options)
     : shape_(shape),
       slot_limit_(std::min(options.ram_bytes / shape.page_bytes(), kMostPages)),
-      temporary_(options.temporary) {}
+      temporary_(options.temporary),
+      weights_(slot_limit_) {}
 
 Result<std::shared_ptr<PageStore>> PageStore::open(const PageShape& shape,
                                                    const StoreOptions& options) {
@@ -126,16 +119,6 @@ Result<std::uint32_t> PageStore::free_slot() {
   return slot;
 }
 
-// Weights fall by half every `slot_limit_` reads. Instead of letting all fall, the newest mass is
-// raised: weight = log2 sum_i mass_i 2^(time_i / half life), whose order is the same at all times.
-void PageStore::weigh(std::uint32_t index, double mass, bool fresh) {
-  Slot& slot = slots_[index];
-  const double now = static_cast<double>(++clock_) / static_cast<double>(slot_limit_);
-  // Written so that NaN counts as little.
-  const double added = std::log2(mass > kLeastMass ? std::min(mass, 1.0) : kLeastMass) + now;
-  slot.weight = fresh ? added : log2_sum(slot.weight, added);
-}
-
 Result<PageStore::Page> PageStore::add(std::int64_t block, std::int64_t head,
                                        std::span<const std::byte> bytes) {
   if (static_cast<std::int64_t>(bytes.size()) != shape_.page_bytes())
@@ -150,7 +133,7 @@ Result<PageStore::Page> PageStore::add(std::int64_t block, std::int64_t head,
   slot.head = head;
   slot.page = new_entry();
   entry(slot.page).slot = index;
-  weigh(index, kFreshMass, true);
+  slot.weight = weights_.first(kFreshMass);
   by_weight_.emplace(slot.weight, index);
   return slot.page;
 }
@@ -197,7 +180,7 @@ Result<PinnedPage> PageStore::pin(Page page, double mass) {
   const std::uint32_t index = entry(page).slot;
   Slot& slot = slots_[index];
   if (resident && slot.pins == 0) by_weight_.erase({slot.weight, index});
-  weigh(index, mass, !resident);
+  slot.weight = resident ? weights_.again(slot.weight, mass) : weights_.first(mass);
   ++slot.pins;
   ++entry(page).owners;
   PinnedPage pinned;

@@ -13,6 +13,7 @@
 #include <unordered_map>
 
 #include "mechanisms/landmark/kernel_pages_file.h"
+#include "mechanisms/landmark/kernel_pages_weight.h"
 
 namespace everlong::landmark {
 
@@ -118,7 +119,7 @@ class PageStore : public std::enable_shared_from_this<PageStore> {
     std::int64_t block = 0, head = 0;  // of a page that is not in the file yet
     Page page = kNone;
     std::uint32_t pins = 0;
-    double weight = 0;  // log2 of the mass, in units that do not age: see weigh()
+    double weight = 0;
   };
 
   PageStore(const PageShape& shape, const StoreOptions& options);
@@ -128,7 +129,6 @@ class PageStore : public std::enable_shared_from_this<PageStore> {
   void drop_entry(Page page);
   Result<std::uint32_t> free_slot();
   Status write_out(Page page);
-  void weigh(std::uint32_t slot, double mass, bool fresh);
   void unpin(Page page);
   void release_locked(Page page);
   std::unordered_map<std::int64_t, Page> pages_by_record() const;
@@ -136,11 +136,12 @@ class PageStore : public std::enable_shared_from_this<PageStore> {
   const PageShape shape_;
   const std::int64_t slot_limit_;
   const bool temporary_;
+  GateWeights weights_;
   mutable std::mutex mutex_;
   std::optional<PageFile> file_;
   std::vector<std::unique_ptr<Entry[]>> entries_;
   Page first_free_ = kNone;
-  std::int64_t alive_ = 0, most_alive_ = 0, clock_ = 0;
+  std::int64_t alive_ = 0, most_alive_ = 0;
   std::vector<Slot> slots_;
   std::vector<std::uint32_t> free_slots_;
   std::set<std::pair<double, std::uint32_t>> by_weight_;  // slots that are not pinned

@@ -60,6 +60,8 @@ Result<LayerSettings> read_settings(const LayerSpec& spec) {
     r.score = *score;
   out.pages.folder = s.text("pages", "");
   out.pages.megabytes = s.integer("page_megabytes", out.pages.megabytes, 1, std::int64_t{1} << 24);
+  out.pages.device_megabytes =
+      s.integer("device_megabytes", out.pages.device_megabytes, 1, std::int64_t{1} << 24);
   if (s.has("epsilon")) out.pages.epsilon = s.number("epsilon", 1e-3, 1e-12, 1e12);
   out.pages.most_more = s.integer("epsilon_blocks", 0, 0, kMostBlocks);
   if (const Status status = check_pages(out.pages, r); !status.ok()) s.fail(status);

@@ -5,9 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-
-#include "mechanisms/landmark/kernel_pages_read.h"
-
 namespace everlong::landmark {
 namespace {
 
@@ -15,236 +12,53 @@ PageShape page_shape(const MemoryShape& shape, DType dtype) {
   return {shape.kv_heads, shape.retrieval.block, shape.key_dim, shape.value_dim, dtype};
 }
 
-std::vector<std::int64_t> range(std::int64_t begin, std::int64_t count) {
-  std::vector<std::int64_t> list;
-  for (std::int64_t i = 0; i < count; ++i) list.push_back(begin + i);
-  return list;
-}
-
-at::Tensor turned(const at::Tensor& x_BTHK, const std::vector<std::int64_t>& positions,
-                  const Reader& reader) {
-  if (reader.frequencies.empty()) return x_BTHK;
-  return apply_rope(x_BTHK, make_rope_table(positions, 1, reader.frequencies, reader.pairs,
-                                            x_BTHK.scalar_type(), x_BTHK.device()));
-}
-
-// Rows [from, from + count) of [G, rows, D] as the pages take them.
-ConstTensorView view_of(const at::Tensor& x_GRD, DType dtype, std::int64_t from,
-                        std::int64_t count) {
-  return {static_cast<const std::byte*>(x_GRD.const_data_ptr()) +
-              from * x_GRD.stride(1) * x_GRD.element_size(),
+// A block [G, L, D] as the pages take it.
+ConstTensorView view_of(const at::Tensor& x_GLD, DType dtype) {
+  return {x_GLD.const_data_ptr(),
           dtype,
-          {1, x_GRD.size(0), count, x_GRD.size(2)},
-          {0, x_GRD.stride(0), x_GRD.stride(1), 1}};
+          {1, x_GLD.size(0), x_GLD.size(1), x_GLD.size(2)},
+          {0, x_GLD.stride(0), x_GLD.stride(1), 1}};
 }
-
-// One group of tokens of one sequence. Legend: t tokens, H query heads, G key heads, R = H / G, P
-// picks.
-class GroupReader {
- public:
-  GroupReader(const BlockPages& pages, const at::Tensor& q_1tHK, const Group& group,
-              const Reader& reader)
-      : pages_(pages), reader_(reader), frame_(reader.retrieval, group.first_local) {
-    t_ = q_1tHK.size(1);
-    H_ = q_1tHK.size(2);
-    K_ = q_1tHK.size(3);
-    G_ = pages.shape().kv_heads;
-    V_ = pages.shape().value_dim;
-    P_ = frame_.picks;
-    const std::int64_t at = group.begin - frame_.shift();
-    local_q_ = turned(q_1tHK, range(at, t_), reader);
-    if (P_ == 0) return;
-    std::vector<std::int64_t> positions;
-    for (std::int64_t s = 0; s <= P_; ++s)
-      for (std::int64_t i = 0; i < t_; ++i) positions.push_back(at + i - s * frame_.block);
-    const at::Tensor all =
-        turned(q_1tHK.expand({P_ + 1, t_, H_, K_}).reshape({1, -1, H_, K_}), positions, reader);
-    // [G, P + 1, t R, K]
-    places_ = all.to(at::kFloat)
-                  .view({P_ + 1, t_, G_, H_ / G_, K_})
-                  .permute({2, 0, 1, 3, 4})
-                  .reshape({G_, P_ + 1, t_ * (H_ / G_), K_})
-                  .contiguous();
-  }
-
-  struct Result {
-    at::Tensor out, selected;  // [1, t, H, V], int64 [1, t, H, P]
-    PagedMemory::Certificates certificates;
-  };
-  // k, v [1, rows, G, D]: rows from the frame's first local block on, the group's own last.
-  Result read(const at::Tensor& k, const at::Tensor& v,
-              const std::optional<PagedMemory::Certify>& certify) const {
-    const std::int64_t block = frame_.block, rows = k.size(1);
-    std::vector<std::int64_t> bases;
-    for (std::int64_t r = 0; r < rows; ++r)
-      bases.push_back(frame_.first_local * block - frame_.shift() + r / block * block);
-    const auto marks = regular_landmarks(0, rows, block);
-    const Attended local =
-        attention(local_q_, turned(k, bases, reader_), v,
-                  at::tensor(at::ArrayRef<std::uint8_t>(marks), at::kByte).unsqueeze(0),
-                  {.scale = reader_.scale, .path = reader_.path});
-    if (P_ == 0) {
-      const at::Tensor zero = at::zeros({1, t_, H_}, at::kDouble);
-      return {local.out, at::empty({1, t_, H_, 0}, at::kLong), {zero, zero, zero.to(at::kLong)}};
-    }
-    const at::Tensor near = local.lse.select(0, 0).t().to(at::kFloat);  // [t, H]
-    const std::int64_t n = t_ * (H_ / G_);
-    const at::Tensor near_of = near.view({t_, G_, H_ / G_}).permute({1, 0, 2}).contiguous();
-    const at::Tensor far = at::empty({G_, n, P_, V_}), gates = at::empty({G_, n, P_});
-    const at::Tensor selected = at::empty({G_, n, P_}, at::kLong);
-    const auto picks = pick();
-    for (std::int64_t g = 0; g < G_; ++g) {
-      const auto& of_head = picks[static_cast<std::size_t>(g)];
-      throw_if_error(read_picked(pages_, queries(g), of_head,
-                                 near_of.const_data_ptr<float>() + g * n,
-                                 far.mutable_data_ptr<float>() + g * n * P_ * V_,
-                                 gates.mutable_data_ptr<float>() + g * n * P_));
-      auto* to = selected.mutable_data_ptr<std::int64_t>() + g * n * P_;
-      for (const auto& of_query : of_head)
-        for (const Pick& p : of_query) *to++ = p.block;
-    }
-    const at::Tensor one = near_of.view({G_, n, 1});
-    at::Tensor all = at::logsumexp(at::cat({one, gates}, -1), {-1}, true);  // [G, n, 1]
-    const at::Tensor nearby = local.out.select(0, 0)
-                                  .to(at::kFloat)
-                                  .view({t_, G_, H_ / G_, V_})
-                                  .permute({1, 0, 2, 3})
-                                  .reshape({G_, n, V_});
-    at::Tensor mixed = at::matmul(gates.sub(all).exp().unsqueeze(-2), far).squeeze(-2) +
-                       one.sub(all).exp() * nearby;
-    Result result;
-    if (certify) result.certificates = certified(picks, *certify, mixed, all);
-    result.out = by_token(mixed).to(local.out.scalar_type());
-    result.selected = by_token(selected);
-    return result;
-  }
-
- private:
-  using Picks = std::vector<std::vector<Pick>>;  // of each query of a head
-
-  PageQueries queries(std::int64_t g) const {
-    const std::int64_t n = t_ * (H_ / G_);
-    return {frame_, g, n, places_.const_data_ptr<float>() + g * (P_ + 1) * n * K_, reader_.scale};
-  }
-
-  // [G, t R, D] -> [1, t, H, D]
-  at::Tensor by_token(const at::Tensor& x) const {
-    return x.view({G_, t_, H_ / G_, x.size(2)})
-        .permute({1, 0, 2, 3})
-        .reshape({1, t_, H_, x.size(2)});
-  }
-
-  // Takes more blocks into mixed [G, t R, V] and lse [G, t R, 1].
-  PagedMemory::Certificates certified(const std::vector<Picks>& picks,
-                                      const PagedMemory::Certify& certify, at::Tensor& mixed,
-                                      at::Tensor& lse) const {
-    const std::int64_t n = t_ * (H_ / G_);
-    mixed = mixed.contiguous();
-    lse = lse.contiguous();
-    const at::Tensor numbers = at::empty({G_, n, 3}, at::kDouble);
-    std::vector<Certified> of_head(static_cast<std::size_t>(n));
-    for (std::int64_t g = 0; g < G_; ++g) {
-      throw_if_error(read_certified(pages_, queries(g), picks[static_cast<std::size_t>(g)],
-                                    certify.epsilon, certify.at_most,
-                                    mixed.mutable_data_ptr<float>() + g * n * V_,
-                                    lse.mutable_data_ptr<float>() + g * n, of_head));
-      auto* to = numbers.mutable_data_ptr<double>() + g * n * 3;
-      for (const Certified& one : of_head) {
-        *to++ = one.certificate.bound;
-        *to++ = one.certificate.unread_share;
-        *to++ = static_cast<double>(one.more);
-      }
-    }
-    const auto parts = by_token(numbers).unbind(-1);
-    return {parts[0], parts[1], parts[2].to(at::kLong)};
-  }
-
-  std::vector<Picks> pick() const {
-    std::vector<Picks> picks(static_cast<std::size_t>(G_));
-    if (reader_.retrieval.granularity == Granularity::kTokenHead) {
-      for (std::int64_t g = 0; g < G_; ++g)
-        throw_if_error(pick_blocks(pages_, queries(g), picks[static_cast<std::size_t>(g)]));
-      return picks;
-    }
-    // Tokens or heads decide together: all scores at once, t H count of them.
-    const at::Tensor scores = all_scores();  // [G, t, R, count]
-    at::Tensor deciding = at::log_softmax(scores, -1);
-    deciding = reader_.retrieval.granularity == Granularity::kHeadMaxOverTokens
-                   ? deciding.amax(1, true).expand_as(scores)
-                   : deciding.amax({0, 2}, true).expand_as(scores);
-    const at::Tensor chosen = picked_blocks(deciding, P_).contiguous();
-    const at::Tensor own = scores.gather(-1, chosen).contiguous();
-    const auto* block = chosen.const_data_ptr<std::int64_t>();
-    const auto* score = own.const_data_ptr<float>();
-    for (Picks& of_head : picks)
-      for (std::int64_t i = 0; i < t_ * (H_ / G_); ++i) {
-        of_head.emplace_back();
-        for (std::int64_t p = 0; p < P_; ++p)
-          of_head.back().push_back({*block++ + frame_.oldest, *score++});
-      }
-    return picks;
-  }
-
-  at::Tensor all_scores() const {
-    const std::int64_t count = frame_.count(), n = t_ * (H_ / G_);
-    const at::Tensor scores = at::empty({G_, n, count});
-    for (std::int64_t g = 0; g < G_; ++g)
-      for (std::int64_t i = 0; i < n; ++i) {
-        float* to = scores.mutable_data_ptr<float>() + (g * n + i) * count;
-        const auto score = [&](std::int64_t begin, std::int64_t end) {
-          const float* q = queries(g).q_SnK + (frame_.slot(begin) * n + i) * K_;
-          throw_if_error(
-              pages_.scores(g, {q, begin, end}, reader_.scale,
-                            {to + (begin - frame_.oldest), static_cast<std::size_t>(end - begin)}));
-        };
-        const std::int64_t recent = frame_.first_local - P_;
-        if (recent > frame_.oldest) score(frame_.oldest, recent);
-        for (std::int64_t b = recent; b < frame_.first_local; ++b) score(b, b + 1);
-      }
-    return scores.view({G_, t_, H_ / G_, count});
-  }
-
-  const BlockPages& pages_;
-  const Reader& reader_;
-  Frame frame_;
-  std::int64_t t_ = 0, H_ = 0, K_ = 0, G_ = 0, V_ = 0, P_ = 0;
-  at::Tensor local_q_;  // [1, t, H, K]
-  at::Tensor places_;   // [G, P + 1, t R, K]
-};
 
 }  // namespace
 
 PagedMemory::PagedMemory(std::int64_t sequences, const MemoryShape& shape,
                          const at::TensorOptions& options, std::shared_ptr<PageStore> store,
-                         const StoreOptions& tiers)
+                         const StoreOptions& tiers, std::int64_t device_bytes)
     : TieredState(sequences),
       shape_(shape),
       options_(options),
       store_(std::move(store)),
-      tiers_(tiers) {
+      tiers_(tiers),
+      device_bytes_(device_bytes) {
+  if (device_bytes > 0)
+    pool_ = std::make_unique<DevicePool>(store_->shape(), options, device_bytes);
   for (std::int64_t n = 0; n < sequences; ++n) lines_.push_back(fresh_line());
 }
 
 Result<std::unique_ptr<PagedMemory>> PagedMemory::create(std::int64_t sequences,
                                                          const MemoryShape& shape,
                                                          const at::TensorOptions& options,
-                                                         const StoreOptions& tiers) {
+                                                         const StoreOptions& tiers,
+                                                         std::int64_t device_bytes) {
   const auto type = c10::typeMetaToScalarType(options.dtype());
-  if (!options.device().is_cpu())
-    return unsupported("landmark: blocks in tiers live on the CPU; the weights are on ",
-                       options.device().str());
   if (type != at::kFloat && type != at::kBFloat16)
     return unsupported("landmark: blocks in tiers are fp32 or bf16, not ", c10::toString(type));
   if (shape.retrieval.top_k < 1 || !shape.retrieval.has_landmarks())
     return invalid_argument(
         "landmark: blocks in tiers need landmarks and a top_k of 1 or more, not ",
         shape.retrieval.top_k, " (0 reads every block for every token)");
-  EVERLONG_ASSIGN(
-      auto store,
-      PageStore::open(page_shape(shape, type == at::kFloat ? DType::kFloat32 : DType::kBFloat16),
-                      tiers));
+  const PageShape pages =
+      page_shape(shape, type == at::kFloat ? DType::kFloat32 : DType::kBFloat16);
+  const std::int64_t a_token = shape.kv_heads * shape.retrieval.top_k * pages.page_bytes();
+  if ((device_bytes > 0 || !options.device().is_cpu()) && device_bytes < a_token)
+    return invalid_argument("landmark: ", device_bytes, " bytes for pages on ",
+                            options.device().str(), "; one token reads ",
+                            shape.kv_heads * shape.retrieval.top_k, " of ", pages.page_bytes(),
+                            " bytes: raise device_megabytes");
+  EVERLONG_ASSIGN(auto store, PageStore::open(pages, tiers));
   return std::unique_ptr<PagedMemory>(
-      new PagedMemory(sequences, shape, options, std::move(store), tiers));
+      new PagedMemory(sequences, shape, options, std::move(store), tiers, device_bytes));
 }
 
 Status check_pages(const PageSettings& pages, const Retrieval& retrieval) {
@@ -275,7 +89,8 @@ std::unique_ptr<State> make_paged_state(std::int64_t sequences, const MemoryShap
       sequences, shape, options,
       {.ram_bytes = pages.megabytes << 20,
        .file = folder / cat("landmark_", ::getpid(), "_", count.fetch_add(1), ".pages"),
-       .temporary = true});
+       .temporary = true},
+      options.device().is_cpu() ? 0 : pages.device_megabytes << 20);
   throw_if_error(state.status());
   if (pages.epsilon)
     (*state)->set_certify(PagedMemory::Certify{
@@ -287,7 +102,20 @@ std::unique_ptr<State> make_paged_state(std::int64_t sequences, const MemoryShap
 PagedMemory::Line PagedMemory::fresh_line() const {
   return {BlockPages(store_, kept_blocks(shape_.retrieval)),
           at::empty({shape_.kv_heads, 0, shape_.key_dim}, options_),
-          at::empty({shape_.kv_heads, 0, shape_.value_dim}, options_), 0};
+          at::empty({shape_.kv_heads, 0, shape_.value_dim}, options_)};
+}
+
+// Of each key head, what its query heads' last token picked, of selected [1, T, H, top_k].
+std::vector<std::vector<Pick>> PagedMemory::picks_of_last(const at::Tensor& selected) const {
+  const at::Tensor last =
+      selected.select(0, 0).select(0, selected.size(1) - 1).contiguous();  // [H, top_k]
+  const auto* block = last.const_data_ptr<std::int64_t>();
+  std::vector<std::vector<Pick>> picks(static_cast<std::size_t>(shape_.kv_heads));
+  const std::int64_t each = last.numel() / shape_.kv_heads;
+  for (auto& of_head : picks)
+    for (std::int64_t i = 0; i < each; ++i, ++block)
+      if (*block >= 0) of_head.push_back({*block, 0});
+  return picks;
 }
 
 // Gives the complete blocks at the front of the tail to the pages, and cuts what no token will see
@@ -298,8 +126,12 @@ void PagedMemory::close_blocks(Line& line, std::int64_t end) const {
   while ((line.pages.end() + 1) * block <= end) {
     const std::int64_t from = line.pages.end() * block - line.tail_first;
     TORCH_CHECK(from >= 0, "landmark: block ", line.pages.end(), " left before it was stored");
-    throw_if_error(line.pages.append(view_of(line.k, dtype, from, block),
-                                     view_of(line.v, dtype, from, block)));
+    const auto here = [&](const at::Tensor& x) { return x.narrow(1, from, block).cpu(); };
+    const at::Tensor k = here(line.k), v = here(line.v);
+    throw_if_error(line.pages.append(view_of(k, dtype), view_of(v, dtype)));
+    if (!pool_) continue;
+    line.landmarks.append(line.k.narrow(1, from + block - 1, 1));
+    line.landmarks.drop_before(line.pages.first());
   }
   const std::int64_t first =
       std::max<std::int64_t>(end / block - shape_.retrieval.window, 0) * block;
@@ -309,13 +141,22 @@ void PagedMemory::close_blocks(Line& line, std::int64_t end) const {
   line.tail_first = first;
 }
 
-PagedMemory::LineRead PagedMemory::attend_line(Line& line, std::int64_t position,
-                                               const at::Tensor& q, const at::Tensor& k,
-                                               const at::Tensor& v, const Reader& reader) const {
+PagedMemory::LineRead PagedMemory::attend_line(std::int64_t number, const at::Tensor& q,
+                                               const at::Tensor& k, const at::Tensor& v,
+                                               const Reader& reader) {
+  Line& line = lines_[static_cast<std::size_t>(number)];
+  const std::int64_t position = positions()[static_cast<std::size_t>(number)];
   const Retrieval& r = reader.retrieval;
+  for (std::size_t g = 0; g < line.last_picks.size(); ++g)
+    line.pages.prefetch(static_cast<std::int64_t>(g), line.last_picks[g]);
+  const HostPast host(line.pages);
+  std::optional<DevicePast> device;
+  if (pool_) device.emplace(line.pages, line.landmarks, *pool_, number);
+  const PastReader& past = device ? static_cast<const PastReader&>(*device) : host;
   const at::Tensor keys = turned_in_block(k, position, reader);
   std::vector<at::Tensor> outs{q.new_empty({1, 0, q.size(2), v.size(3)})},
-      selected{at::empty({1, 0, q.size(2), r.top_k}, at::kLong)}, bounds, shares, more;
+      selected{at::empty({1, 0, q.size(2), r.top_k}, q.options().dtype(at::kLong))}, bounds, shares,
+      more;
   for (const Group& group : groups_of(r, position, q.size(1))) {
     const std::int64_t from = group.begin - position, count = group.end - group.begin;
     const auto extended = [&](const at::Tensor& tail, const at::Tensor& fresh) {
@@ -328,20 +169,21 @@ PagedMemory::LineRead PagedMemory::attend_line(Line& line, std::int64_t position
     const auto local = [&](const at::Tensor& tail) {
       return tail.narrow(1, hidden, tail.size(1) - hidden).transpose(0, 1).unsqueeze(0);
     };
-    const auto one = GroupReader(line.pages, q.narrow(1, from, count), group, reader)
-                         .read(local(line.k), local(line.v), certify_);
+    const GroupRead one = read_group(q.narrow(1, from, count), local(line.k), local(line.v), group,
+                                     reader, line.pages, past, certify_);
     outs.push_back(one.out);
     selected.push_back(at::constant_pad_nd(one.selected, {0, r.top_k - one.selected.size(3)}, -1));
     if (certify_) {
-      bounds.push_back(one.certificates.bound);
-      shares.push_back(one.certificates.unread_share);
-      more.push_back(one.certificates.more);
+      bounds.push_back(one.bound);
+      shares.push_back(one.unread_share);
+      more.push_back(one.more);
     }
     close_blocks(line, group.end);
   }
   LineRead all{at::cat(outs, 1), at::cat(selected, 1), {}};
   if (!bounds.empty())
     all.certificates = {at::cat(bounds, 1), at::cat(shares, 1), at::cat(more, 1)};
+  if (!pool_ && store_->has_file() && q.size(1) > 0) line.last_picks = picks_of_last(all.selected);
   return all;
 }
 
@@ -371,8 +213,7 @@ Read PagedMemory::attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTGK,
         return x.narrow(0, packed ? 0 : n, 1)
             .narrow(1, packed ? sequences.offsets[index] : 0, sequences.length(n, T));
       };
-      const LineRead one = attend_line(lines_[index], positions()[index], mine(q_BTHK),
-                                       mine(k_BTGK), mine(v_BTGV), reader);
+      const LineRead one = attend_line(n, mine(q_BTHK), mine(k_BTGK), mine(v_BTGV), reader);
       positions()[index] += sequences.length(n, T);
       outs.push_back(one.out);
       selected.push_back(one.selected);

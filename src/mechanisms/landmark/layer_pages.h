@@ -1,13 +1,12 @@
 // What Landmark Attention carries, in tiers: landmark keys in memory, complete blocks in pages
 // under a byte budget and in a file, the incomplete block beside them. For streams longer than
-// memory; without gradients, on the CPU, fp32 and bf16.
+// memory; without gradients, fp32 and bf16. On a GPU landmark keys and the incomplete block lie
+// there, with copies of the pages that are read most.
 #pragma once
-#include <limits>
-#include <optional>
-
 #include "layers/tiered_state.h"
-#include "mechanisms/landmark/kernel_pages.h"
 #include "mechanisms/landmark/layer_memory.h"
+#include "mechanisms/landmark/layer_pages_device.h"
+#include "mechanisms/landmark/layer_pages_group.h"
 
 namespace everlong::landmark {
 
@@ -20,12 +19,15 @@ inline std::int64_t kept_blocks(const Retrieval& r) {
 // states that select() makes, share one store; forks share pages.
 class PagedMemory final : public TieredState {
  public:
-  // Refuses what PageStore::open refuses, other dtypes and devices, blocks scored without
-  // landmarks, and top_k < 1 (0 would read every page for every token).
+  // device_bytes: of copies of pages in the memory of the options' device; 0 only on the CPU, which
+  // reads pages where they lie. Refuses what PageStore::open refuses, other dtypes, blocks scored
+  // without landmarks, top_k < 1 (0 would read every page for every token), and device_bytes that
+  // do not hold what one token of all key heads reads.
   static Result<std::unique_ptr<PagedMemory>> create(std::int64_t sequences,
                                                      const MemoryShape& shape,
                                                      const at::TensorOptions& options,
-                                                     const StoreOptions& tiers);
+                                                     const StoreOptions& tiers,
+                                                     std::int64_t device_bytes = 0);
 
   // BlockMemory's tensors, made from the pages: as large as everything that is kept. Blocks that
   // are never read again and the values of landmarks are zeros. A page that the file lost throws.
@@ -40,9 +42,9 @@ class PagedMemory final : public TieredState {
   // Of the store, which forks share: each of them answers the whole.
   std::int64_t file_bytes() const override { return store_->file_bytes(); }
   std::int64_t file_bytes_bound(std::int64_t tokens) const override;
-  // page_hits, page_misses, pages_spilled (of the store); and where set_certify asked: queries,
-  // queries_certified (bound within epsilon), unread_share (summed), blocks_more (read beyond
-  // top_k).
+  // page_hits, page_misses, pages_spilled (of the store); on a GPU device_hits and device_misses
+  // (of the copies there); and where set_certify asked: queries, queries_certified (bound within
+  // epsilon), unread_share (summed), blocks_more (read beyond top_k).
   std::map<std::string, double> counts() const override;
 
   // As BlockMemory::attend. A failure of the store (a full disk, a damaged page) throws what it
@@ -52,11 +54,8 @@ class PagedMemory final : public TieredState {
 
   // From now on reads more blocks than top_k, up to at_most more, until what the unread ones could
   // change is at most epsilon (2-norm of a head's output; kernel_certificate.h and read_certified
-  // say what is compared). Costs a pass over all scores for each token and head.
-  struct Certify {
-    double epsilon = 1e-3;
-    std::int64_t at_most = std::numeric_limits<std::int64_t>::max();
-  };
+  // say what is compared). Costs a pass over all scores for each token and head, on the CPU.
+  using Certify = landmark::Certify;
   void set_certify(std::optional<Certify> certify) { certify_ = certify; }
   // Of the last attend, when asked for: [B, T, H] each.
   struct Certificates {
@@ -79,9 +78,13 @@ class PagedMemory final : public TieredState {
     // Rows of positions [tail_first, position): the incomplete block and the window before it.
     at::Tensor k, v;  // [G, rows, K], [G, rows, V]
     std::int64_t tail_first = 0;
+    DeviceLandmarks landmarks = {};  // with a pool
+    // Of each key head, what the last token picked.
+    std::vector<std::vector<Pick>> last_picks = {};
   };
   PagedMemory(std::int64_t sequences, const MemoryShape& shape, const at::TensorOptions& options,
-              std::shared_ptr<PageStore> store, const StoreOptions& tiers);
+              std::shared_ptr<PageStore> store, const StoreOptions& tiers,
+              std::int64_t device_bytes);
   Line fresh_line() const;
   void settle() const;  // builds the lines that restore() left as tensors
   Line line_of(const at::Tensor& k, const at::Tensor& v, std::int64_t position) const;
@@ -90,9 +93,11 @@ class PagedMemory final : public TieredState {
     at::Tensor out, selected;
     Certificates certificates;
   };
-  LineRead attend_line(Line& line, std::int64_t position, const at::Tensor& q, const at::Tensor& k,
-                       const at::Tensor& v, const Reader& reader) const;
+  LineRead attend_line(std::int64_t number, const at::Tensor& q, const at::Tensor& k,
+                       const at::Tensor& v, const Reader& reader);
   void close_blocks(Line& line, std::int64_t end) const;
+  std::vector<std::vector<Pick>> picks_of_last(const at::Tensor& selected) const;
+  void copy_landmarks(Line& line) const;  // of all its pages to the device
   void count(const Certificates& certificates);
   std::int64_t most_pages(std::int64_t blocks) const;  // of sequences with so many complete blocks
 
@@ -100,6 +105,9 @@ class PagedMemory final : public TieredState {
   at::TensorOptions options_;
   std::shared_ptr<PageStore> store_;
   StoreOptions tiers_;
+  std::int64_t device_bytes_ = 0;
+  std::unique_ptr<DevicePool>
+      pool_;  // of the lines' pages; none where pages are read where they lie
   mutable std::vector<Line> lines_;
   mutable TensorMap given_;  // by restore(), until the positions are known
   std::string broken_;       // why this state cannot go on
@@ -110,12 +118,13 @@ class PagedMemory final : public TieredState {
   } certain_;
 };
 
-// A layer's settings "pages" (a folder; "" is the plain memory) and "page_megabytes" (of memory,
-// for each layer of each stream). Its states spill into temporary files there, which go with the
-// process whatever ends it. "epsilon" and "epsilon_blocks" (0: any number): PagedMemory::Certify.
+// A layer's settings "pages" (a folder; "" is the plain memory), "page_megabytes" (of memory, for
+// each layer of each stream) and "device_megabytes" (of a GPU's, likewise). Its states spill into
+// temporary files there, which go with the process whatever ends it. "epsilon" and "epsilon_blocks"
+// (0: any number): PagedMemory::Certify.
 struct PageSettings {
   std::string folder;
-  std::int64_t megabytes = 256;
+  std::int64_t megabytes = 256, device_megabytes = 256;
   std::optional<double> epsilon;
   std::int64_t most_more = 0;
 };

@@ -22,8 +22,8 @@ std::int64_t PagedMemory::memory_bytes() const {
   for (const auto& [name, tensor] : given_) bytes += static_cast<std::int64_t>(tensor.nbytes());
   for (const Line& line : lines_)
     bytes += line.pages.resident_bytes() + static_cast<std::int64_t>(line.k.nbytes()) +
-             static_cast<std::int64_t>(line.v.nbytes());
-  return bytes;
+             static_cast<std::int64_t>(line.v.nbytes()) + line.landmarks.bytes();
+  return bytes + (pool_ ? pool_->bytes() : 0);
 }
 
 std::int64_t PagedMemory::bytes_bound(std::int64_t tokens) const {
@@ -34,7 +34,12 @@ std::int64_t PagedMemory::bytes_bound(std::int64_t tokens) const {
   const std::int64_t a_sequence = static_cast<std::int64_t>(sizeof(std::int64_t)) +
                                   BlockPages::resident_bound(s, kept, blocks) +
                                   (r.window + 1) * r.block * a_row;
-  return sequences() * a_sequence + PageStore::resident_bound(s, tiers_, most_pages(blocks));
+  const std::int64_t host = PageStore::resident_bound(s, tiers_, most_pages(blocks));
+  if (!pool_) return sequences() * a_sequence + host;
+  // Copies go through a buffer of at most as many pages.
+  const std::int64_t copies = pool_->slots() * s.page_bytes();
+  return sequences() * (a_sequence + DeviceLandmarks::bytes_bound(s, kept, blocks)) + host +
+         2 * copies;
 }
 
 std::int64_t PagedMemory::file_bytes_bound(std::int64_t tokens) const {
@@ -62,6 +67,10 @@ std::map<std::string, double> PagedMemory::counts() const {
   std::map<std::string, double> counts = {{"page_hits", static_cast<double>(of_store.hits)},
                                           {"page_misses", static_cast<double>(of_store.misses)},
                                           {"pages_spilled", static_cast<double>(of_store.spilled)}};
+  if (pool_)
+    counts.merge(
+        std::map<std::string, double>{{"device_hits", static_cast<double>(pool_->hits())},
+                                      {"device_misses", static_cast<double>(pool_->misses())}});
   if (certify_)
     counts.merge(std::map<std::string, double>{{"queries", certain_.queries},
                                                {"queries_certified", certain_.within},

@@ -26,8 +26,9 @@ TensorMap PagedMemory::tensors() const {
   std::int64_t rows = 0;
   for (const std::int64_t position : positions()) rows = std::max(rows, policy.held_rows(position));
   rows = policy.capacity_for(rows);
-  const at::Tensor k = at::zeros({sequences(), s.kv_heads, rows, s.key_dim}, options_);
-  const at::Tensor v = at::zeros({sequences(), s.kv_heads, rows, s.value_dim}, options_);
+  const auto here = options_.device(at::kCPU);
+  const at::Tensor k = at::zeros({sequences(), s.kv_heads, rows, s.key_dim}, here);
+  const at::Tensor v = at::zeros({sequences(), s.kv_heads, rows, s.value_dim}, here);
   std::vector<float> landmark(static_cast<std::size_t>(s.key_dim));
   for (std::int64_t n = 0; n < sequences(); ++n) {
     const Line& line = lines_[static_cast<std::size_t>(n)];
@@ -62,7 +63,7 @@ TensorMap PagedMemory::tensors() const {
           .narrow(1, open - first, position - open)
           .copy_(tail->narrow(1, open - line.tail_first, position - open));
   }
-  return {{"k", k}, {"v", v}};
+  return {{"k", k.to(options_.device())}, {"v", v.to(options_.device())}};
 }
 
 Status PagedMemory::restore(const TensorMap& tensors) {
@@ -84,6 +85,7 @@ PagedMemory::Line PagedMemory::line_of(const at::Tensor& k_GRK, const at::Tensor
                     ". Restore the tensors that belong to the position.");
   Line line = fresh_line();
   line.pages = BlockPages(store_, kept_blocks(r), first / r.block);
+  line.landmarks = DeviceLandmarks(first / r.block);
   const auto held = [&](const at::Tensor& x) {
     return x.narrow(1, 0, position - first).contiguous();
   };
@@ -98,6 +100,7 @@ void PagedMemory::settle() const {
   if (given_.empty()) return;
   const at::Tensor k = given_.at("k"), v = given_.at("v");
   lines_.clear();
+  if (pool_) pool_->clear();
   for (std::int64_t n = 0; n < sequences(); ++n)
     lines_.push_back(line_of(k.select(0, n).detach(), v.select(0, n).detach(),
                              positions()[static_cast<std::size_t>(n)]));
@@ -107,7 +110,8 @@ void PagedMemory::settle() const {
 std::unique_ptr<State> PagedMemory::select(std::span<const std::int64_t> sequences) const {
   TORCH_CHECK_VALUE(broken_.empty(), "landmark: this state cannot be copied: ", broken_);
   settle();
-  std::unique_ptr<PagedMemory> picked(new PagedMemory(0, shape_, options_, store_, tiers_));
+  std::unique_ptr<PagedMemory> picked(
+      new PagedMemory(0, shape_, options_, store_, tiers_, device_bytes_));
   picked->certify_ = certify_;
   picked->positions() = selected_positions(sequences);
   for (const std::int64_t n : sequences) {
@@ -116,9 +120,26 @@ std::unique_ptr<State> PagedMemory::select(std::span<const std::int64_t> sequenc
       continue;
     }
     const Line& line = lines_[static_cast<std::size_t>(n)];
-    picked->lines_.push_back({line.pages.fork(), line.k, line.v, line.tail_first});
+    picked->lines_.push_back({line.pages.fork(), line.k, line.v, line.tail_first,
+                              line.landmarks.fork(), line.last_picks});
   }
   return picked;
+}
+
+void PagedMemory::copy_landmarks(Line& line) const {
+  if (!pool_) return;
+  const PageShape& s = store_->shape();
+  const std::int64_t first = line.pages.first(), count = line.pages.end() - first;
+  line.landmarks = DeviceLandmarks(first);
+  if (count == 0) return;
+  const at::Tensor keys = at::empty({s.kv_heads, count, s.key_dim});
+  for (std::int64_t g = 0; g < s.kv_heads; ++g)
+    for (std::int64_t b = 0; b < count; ++b)
+      throw_if_error(
+          line.pages.landmark(first + b, g,
+                              {keys.mutable_data_ptr<float>() + (g * count + b) * s.key_dim,
+                               static_cast<std::size_t>(s.key_dim)}));
+  line.landmarks.append(keys.to(options_));
 }
 
 Status PagedMemory::save_pages(const fs::path& folder) {
@@ -130,8 +151,8 @@ Status PagedMemory::save_pages(const fs::path& folder) {
     const std::int64_t numbers[] = {positions()[static_cast<std::size_t>(n)], line.tail_first};
     std::vector<std::byte> extra;
     append_bytes(extra, numbers, sizeof numbers);
-    for (const at::Tensor& tail : {line.k, line.v})
-      append_bytes(extra, tail.contiguous().const_data_ptr(), tail.nbytes());
+    for (const at::Tensor& tail : {line.k.cpu().contiguous(), line.v.cpu().contiguous()})
+      append_bytes(extra, tail.const_data_ptr(), tail.nbytes());
     EVERLONG_RETURN_IF_ERROR(line.pages.save(state_file(folder, n), extra));
   }
   return {};
@@ -159,16 +180,18 @@ Status PagedMemory::restore_pages(const fs::path& folder) {
                      " complete ones, or was saved with another window");
     const std::byte* next = extra.data() + sizeof numbers;
     const auto take = [&](std::int64_t dim) {
-      const at::Tensor x = at::empty({s.kv_heads, rows, dim}, options_);
+      const at::Tensor x = at::empty({s.kv_heads, rows, dim}, options_.device(at::kCPU));
       if (x.numel() > 0) std::memcpy(x.mutable_data_ptr(), next, x.nbytes());
       next += x.nbytes();
-      return x;
+      return x.to(options_.device());
     };
     at::Tensor k = take(s.key_dim), v = take(s.value_dim);
     lines.push_back({std::move(pages), std::move(k), std::move(v), numbers[1]});
+    copy_landmarks(lines.back());
     at.push_back(numbers[0]);
   }
   lines_ = std::move(lines);
+  if (pool_) pool_->clear();
   positions() = at;
   given_.clear();
   broken_.clear();
