@@ -79,6 +79,9 @@ struct StreamCommand {
     if (const double reads = count("page_hits") + count("page_misses"); reads > 0)
       text += cat(whole(reads), " pages read, ", fixed(100 * count("page_hits") / reads, 2),
                   " % of them in memory; ", whole(count("pages_spilled")), " written to files\n");
+    if (const double reads = count("device_hits") + count("device_misses"); reads > 0)
+      text += cat(whole(reads), " pages wanted on the GPU, ",
+                  fixed(100 * count("device_hits") / reads, 2), " % of them there already\n");
     if (const double queries = count("queries"); queries > 0)
       text +=
           cat(fixed(100 * count("queries_certified") / queries, 2), " % of ", whole(queries),

@@ -1,7 +1,10 @@
 #include "ops/rope.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#include "kernels/cpu/rope_turn.h"
 
 namespace everlong {
 namespace {
@@ -33,17 +36,57 @@ at::Tensor rotate(const at::Tensor& x_in, const at::Tensor& cos, const at::Tenso
   return out.to(x_in.scalar_type());
 }
 
+bool takes_cpu_kernel(const at::Tensor& x, const at::Tensor& cos) {
+  return x.is_cpu() && x.dim() == 4 && x.scalar_type() == at::kFloat && x.stride(3) == 1 &&
+         cos.scalar_type() == at::kFloat && cos.is_contiguous() &&
+         (cos.dim() == 2 || cos.size(0) == x.size(0));
+}
+
+// The same in one pass, x [B, T, H, D].
+at::Tensor rotate_by_cpu_kernel(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                                bool interleaved, double sign) {
+  const std::int64_t T = x.size(1), count = cos.size(-1);
+  const at::Tensor out = at::empty(x.sizes(), x.options());
+  const cpu::RopeTurn turn{x.size(2),
+                           x.size(3),
+                           x.stride(2),
+                           count,
+                           interleaved ? RopePairs::kInterleaved : RopePairs::kHalfSplit,
+                           static_cast<float>(sign)};
+  const float *from = x.const_data_ptr<float>(), *c = cos.const_data_ptr<float>(),
+              *s = sin.const_data_ptr<float>();
+  auto* to = out.mutable_data_ptr<float>();
+  constexpr std::int64_t kGrain = 32768;  // numbers, about ten microseconds
+  const std::int64_t a_token = std::max<std::int64_t>(x.size(2) * x.size(3), 1);
+  at::parallel_for(
+      0, x.size(0) * T, kGrain / a_token + 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          const std::int64_t b = i / T, t = i % T, row = (cos.dim() == 3 ? i : t) * count;
+          cpu::turn_token(turn, from + b * x.stride(0) + t * x.stride(1), c + row, s + row,
+                          to + i * a_token);
+        }
+      });
+  return out;
+}
+
+at::Tensor rotated(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                   bool interleaved, double sign) {
+  return takes_cpu_kernel(x, cos)
+             ? rotate_by_cpu_kernel(x, cos, sin.contiguous(), interleaved, sign)
+             : rotate(x, cos, sin, interleaved, sign);
+}
+
 struct RopeFunction : torch::autograd::Function<RopeFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos,
                             const at::Tensor& sin, bool interleaved) {
     ctx->save_for_backward({cos, sin});
     ctx->saved_data["interleaved"] = interleaved;
-    return rotate(x, cos, sin, interleaved, 1);
+    return rotated(x, cos, sin, interleaved, 1);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const bool interleaved = ctx->saved_data["interleaved"].toBool();
-    return {rotate(grads[0], saved[0], saved[1], interleaved, -1), {}, {}, {}};
+    return {rotated(grads[0], saved[0], saved[1], interleaved, -1), {}, {}, {}};
   }
 };
 

@@ -81,6 +81,37 @@ TEST(Rope, AnyCutGetsTheSameBits) {
   }
 }
 
+// fp32 on the CPU goes through the kernel: vectors and what is left of them, rows anywhere.
+TEST(Rope, TheKernelAgreesWithTheTensorForm) {
+  at::manual_seed(5);
+  const std::int64_t B = 2, T = 37, H = 3, D = 80, rotary = 74;  // 37 pairs: lanes and a rest
+  std::vector<std::int64_t> positions;
+  for (std::int64_t i = 0; i < B * T; ++i) positions.push_back(7 * i % 1000);
+  for (const auto pairs : {RopePairs::kHalfSplit, RopePairs::kInterleaved})
+    for (const std::int64_t batch : {std::int64_t{1}, B}) {
+      const std::span some(positions.data(), static_cast<std::size_t>(batch * T));
+      const auto table = [&](at::ScalarType dtype) {
+        return make_rope_table(some, batch, rope_frequencies(kTheta, rotary), pairs, dtype,
+                               at::kCPU);
+      };
+      // Heads before tokens, in rows that are longer.
+      const at::Tensor wide = at::randn({B, H, T, 2 * D}, at::kDouble);
+      const at::Tensor x = wide.narrow(3, D, D).transpose(1, 2);
+      const at::Tensor wanted = apply_rope(x, table(at::kDouble));
+      const at::Tensor leaf = x.to(at::kFloat).requires_grad_(true);
+      const at::Tensor view = wide.to(at::kFloat).narrow(3, D, D).transpose(1, 2);
+      const at::Tensor got = apply_rope(view, table(at::kFloat));
+      EXPECT_LT((got - wanted).abs().max().item<double>(), 2e-6);
+      const at::Tensor g = at::randn_like(x);
+      const at::Tensor grad = torch::autograd::grad({apply_rope(leaf, table(at::kFloat))}, {leaf},
+                                                    {g.to(at::kFloat)})[0];
+      const at::Tensor same = x.detach().clone().requires_grad_(true);
+      const at::Tensor grad64 =
+          torch::autograd::grad({apply_rope(same, table(at::kDouble))}, {same}, {g})[0];
+      EXPECT_LT((grad - grad64).abs().max().item<double>(), 2e-6);
+    }
+}
+
 TEST(Rope, GradientTurnsBack) {
   at::manual_seed(4);
   const std::vector<std::int64_t> positions = {5, 6, 7};

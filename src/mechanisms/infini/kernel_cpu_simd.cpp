@@ -69,7 +69,33 @@ void pad_vector(const float* from, std::int64_t count, float* to) {
 
 void blend(const float* g, const float* mem, std::int64_t count, bool bypass, float* local) {
   if (bypass) return;
-  for (std::int64_t c = 0; c < count; ++c) local[c] = g[c] * mem[c] + (1 - g[c]) * local[c];
+  const F d;
+  std::int64_t c = 0;
+  for (; c + lanes_of() <= count; c += lanes_of()) {
+    const V gate = hn::LoadU(d, g + c), own = hn::LoadU(d, local + c);
+    hn::StoreU(hn::MulAdd(gate, hn::Sub(hn::LoadU(d, mem + c), own), own), d, local + c);
+  }
+  for (; c < count; ++c) local[c] += g[c] * (mem[c] - local[c]);
+}
+
+// The gradients of a row's blend: dgate += up (mem - local), local becomes (1 - g) up, up g up.
+void blend_backward(const float* g, const float* mem, std::int64_t count, float* dgate,
+                    float* local, float* up) {
+  const F d;
+  std::int64_t c = 0;
+  for (; c + lanes_of() <= count; c += lanes_of()) {
+    const V of = hn::LoadU(d, up + c), away = hn::Mul(hn::LoadU(d, g + c), of),
+            apart = hn::Sub(hn::LoadU(d, mem + c), hn::LoadU(d, local + c));
+    hn::StoreU(hn::MulAdd(of, apart, hn::LoadU(d, dgate + c)), d, dgate + c);
+    hn::StoreU(hn::Sub(of, away), d, local + c);
+    hn::StoreU(away, d, up + c);
+  }
+  for (; c < count; ++c) {
+    dgate[c] += up[c] * (mem[c] - local[c]);
+    const float away = g[c] * up[c];
+    local[c] = up[c] - away;
+    up[c] = away;
+  }
 }
 
 void read_one(const ReadCall& call, const TensorView& out, std::int64_t p, std::int64_t g,
@@ -146,10 +172,11 @@ void read_backward_one(const ReadCall& call, const ReadGrads& grads, std::int64_
       const float* gate = m.gate_of(from + r);
       float *a = mem + r * kRow, *o = local + r * kRow, *up = go + r * kRow,
             *to = dgate + (from + r) % m.group * m.V_;
-      for (std::int64_t c = 0; c < m.V_; ++c) {
-        if (!bypass) to[c] += up[c] * (a[c] - o[c]);
-        o[c] = bypass ? up[c] : (1 - gate[c]) * up[c];
-        up[c] *= gate[c];
+      if (bypass) {
+        std::copy_n(up, m.V_, o);
+        for (std::int64_t c = 0; c < m.V_; ++c) up[c] *= gate[c];
+      } else {
+        blend_backward(gate, a, m.V_, to, o, up);
       }
       store_row(dlocal_rows, from + r, m.V_, o, 1.0F);
     }

@@ -1,14 +1,18 @@
 // The tier on a GPU against the plain memory of the same device. Its code runs on the CPU as well,
 // with a pool there, so most of it is tested without a GPU.
 #include "mechanisms/landmark/landmark_paged_test.h"
+#include "ops/runtime.h"
 
 namespace everlong::landmark {
 namespace {
 
+// Before any other call of torch, which would remember that there is no CUDA.
+const bool gpu = load_cuda_backend().ok() && at::hasCUDA();
+
 class LandmarkDeviceTier : public testing::TestWithParam<at::DeviceType> {
  protected:
   void SetUp() override {
-    if (GetParam() == at::kCUDA && !at::hasCUDA()) GTEST_SKIP() << "no GPU here";
+    if (GetParam() == at::kCUDA && !gpu) GTEST_SKIP() << "no GPU here";
   }
   Case on_device(Case c, std::int64_t pool) const {
     c.device = at::Device(GetParam());

@@ -126,9 +126,16 @@ void PagedMemory::close_blocks(Line& line, std::int64_t end) const {
   while ((line.pages.end() + 1) * block <= end) {
     const std::int64_t from = line.pages.end() * block - line.tail_first;
     TORCH_CHECK(from >= 0, "landmark: block ", line.pages.end(), " left before it was stored");
-    const auto here = [&](const at::Tensor& x) { return x.narrow(1, from, block).cpu(); };
-    const at::Tensor k = here(line.k), v = here(line.v);
-    throw_if_error(line.pages.append(view_of(k, dtype), view_of(v, dtype)));
+    const std::int64_t K = shape_.key_dim;
+    const auto part = [&](const at::Tensor& x) { return x.narrow(1, from, block); };
+    if (line.k.is_cpu()) {
+      const at::Tensor k = part(line.k), v = part(line.v);
+      throw_if_error(line.pages.append(view_of(k, dtype), view_of(v, dtype)));
+    } else {  // in one transfer
+      const at::Tensor both = at::cat({part(line.k), part(line.v)}, 2).cpu();
+      throw_if_error(line.pages.append(view_of(both.narrow(2, 0, K), dtype),
+                                       view_of(both.narrow(2, K, shape_.value_dim), dtype)));
+    }
     if (!pool_) continue;
     line.landmarks.append(line.k.narrow(1, from + block - 1, 1));
     line.landmarks.drop_before(line.pages.first());
@@ -170,7 +177,7 @@ PagedMemory::LineRead PagedMemory::attend_line(std::int64_t number, const at::Te
       return tail.narrow(1, hidden, tail.size(1) - hidden).transpose(0, 1).unsqueeze(0);
     };
     const GroupRead one = read_group(q.narrow(1, from, count), local(line.k), local(line.v), group,
-                                     reader, line.pages, past, certify_);
+                                     reader, line.pages, past, certify_, tables_);
     outs.push_back(one.out);
     selected.push_back(at::constant_pad_nd(one.selected, {0, r.top_k - one.selected.size(3)}, -1));
     if (certify_) {

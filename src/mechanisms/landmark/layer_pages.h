@@ -108,6 +108,7 @@ class PagedMemory final : public TieredState {
   std::int64_t device_bytes_ = 0;
   std::unique_ptr<DevicePool>
       pool_;  // of the lines' pages; none where pages are read where they lie
+  TurnTables tables_;
   mutable std::vector<Line> lines_;
   mutable TensorMap given_;  // by restore(), until the positions are known
   std::string broken_;       // why this state cannot go on

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace everlong::landmark {
@@ -190,6 +191,19 @@ void DevicePast::read_rows(const at::Tensor& q_GnPK, const at::Tensor& slots_GnP
   }
 }
 
+// The end of the rows from `from` on that name at most slots() distinct pages.
+std::int64_t DevicePast::rows_that_fit(const std::int64_t* block_GnP, std::int64_t from,
+                                       std::int64_t G, std::int64_t n, std::int64_t P) const {
+  if ((n - from) * G * P <= pool_.slots()) return n;
+  std::set<std::pair<std::int64_t, std::int64_t>> named;  // (head, block)
+  for (std::int64_t row = from; row < n; ++row) {
+    for (std::int64_t g = 0; g < G; ++g)
+      for (std::int64_t p = 0; p < P; ++p) named.insert({g, block_GnP[(g * n + row) * P + p]});
+    if (std::ssize(named) > pool_.slots()) return std::max(row, from + 1);
+  }
+  return n;
+}
+
 PastRead DevicePast::read(const PastQueries& queries) const {
   const Frame& frame = queries.frame;
   const at::Tensor& places = queries.places_GSnK;
@@ -218,27 +232,32 @@ PastRead DevicePast::read(const PastQueries& queries) const {
   const auto* block = block_of.const_data_ptr<std::int64_t>();
   const at::Tensor slot_of = at::empty({G, n, P}, at::kLong);
   auto* slot = slot_of.mutable_data_ptr<std::int64_t>();
-  // Rows [from, to) whose distinct pages fit the pool together.
+  struct Wanted {
+    DevicePool::Want page;
+    std::int64_t entry;  // of [G, n, P]
+  };
+  std::vector<Wanted> wants;
+  // Rows [from, to) at a time whose distinct pages fit the pool together.
   for (std::int64_t from = 0; from < n;) {
-    std::map<std::pair<std::int64_t, std::int64_t>, double> wanted;  // (block, head) -> mass
-    std::int64_t to = from;
-    for (; to < n; ++to) {
-      if (std::ssize(wanted) + G * P > pool_.slots() && to > from) break;
-      for (std::int64_t g = 0; g < G; ++g)
-        for (std::int64_t p = 0; p < P; ++p) {
-          const std::int64_t i = (g * n + to) * P + p;
-          double& most = wanted[{block[i], g}];
-          most = std::max(most, static_cast<double>(mass[i]));
-        }
-    }
-    std::vector<DevicePool::Want> wants;
-    for (const auto& [page, weight] : wanted) wants.push_back({page.first, page.second, weight});
-    const auto at = pool_.take(line_, pages_, wants);
-    std::map<std::pair<std::int64_t, std::int64_t>, std::int64_t> where;
-    for (std::size_t i = 0; i < wants.size(); ++i) where[{wants[i].block, wants[i].head}] = at[i];
+    const std::int64_t to = rows_that_fit(block, from, G, n, P);
+    wants.clear();
     for (std::int64_t g = 0; g < G; ++g)
       for (std::int64_t i = (g * n + from) * P; i < (g * n + to) * P; ++i)
-        slot[i] = where.at({block[i], g});
+        wants.push_back({{block[i], g, mass[i]}, i});
+    std::ranges::sort(wants, {},
+                      [](const Wanted& w) { return std::pair(w.page.head, w.page.block); });
+    std::vector<DevicePool::Want> pages;
+    for (const Wanted& w : wants) {
+      if (pages.empty() || pages.back().block != w.page.block || pages.back().head != w.page.head)
+        pages.push_back(w.page);
+      pages.back().mass = std::max(pages.back().mass, w.page.mass);
+    }
+    const auto lies = pool_.take(line_, pages_, pages);
+    std::size_t at = 0;
+    for (const Wanted& w : wants) {
+      if (pages[at].block != w.page.block || pages[at].head != w.page.head) ++at;
+      slot[w.entry] = lies[at];
+    }
     const auto part = [&](const at::Tensor& x) { return x.narrow(1, from, to - from); };
     read_rows(part(q), part(slot_of).to(places.device()), queries.scale, part(all.out_GnPV));
     from = to;

@@ -1,8 +1,8 @@
 // The tier above the pages for layers on a GPU: landmark keys and the weightiest pages in its
 // memory, all pages behind them in memory and file of the host (kernel_pages.h).
 #pragma once
-#include <map>
 #include <set>
+#include <unordered_map>
 
 #include "mechanisms/landmark/layer_pages_past.h"
 
@@ -36,7 +36,15 @@ class DevicePool {
  private:
   struct Key {
     std::int64_t line, block, head;
-    auto operator<=>(const Key&) const = default;
+    bool operator==(const Key&) const = default;
+  };
+  struct Hash {
+    std::size_t operator()(const Key& key) const {
+      std::uint64_t x = static_cast<std::uint64_t>(key.block);
+      for (const std::int64_t part : {key.head, key.line})
+        x = (x ^ (x >> 31)) * 0x9E3779B97F4A7C15u + static_cast<std::uint64_t>(part);
+      return static_cast<std::size_t>(x ^ (x >> 29));
+    }
   };
   struct Slot {
     Key key;
@@ -49,7 +57,7 @@ class DevicePool {
   std::int64_t slots_ = 0;
   at::Tensor pool_;     // [slots so far, elements of a page]
   at::Tensor staging_;  // on the host, pinned
-  std::map<Key, std::int64_t> where_;
+  std::unordered_map<Key, std::int64_t, Hash> where_;
   std::vector<Slot> held_;
   std::set<std::pair<double, std::int64_t>> by_weight_;
   GateWeights weights_;
@@ -89,6 +97,8 @@ class DevicePast final : public PastReader {
 
  private:
   at::Tensor pick(const PastQueries& queries) const;  // [G, n, P]
+  std::int64_t rows_that_fit(const std::int64_t* block_GnP, std::int64_t from, std::int64_t G,
+                             std::int64_t n, std::int64_t P) const;
   void read_rows(const at::Tensor& q_GnPK, const at::Tensor& slots_GnP, double scale,
                  const at::Tensor& out_GnPV) const;
 

@@ -5,13 +5,6 @@
 namespace everlong::landmark {
 namespace {
 
-at::Tensor turned(const at::Tensor& x_BTHK, const std::vector<std::int64_t>& positions,
-                  const Reader& reader) {
-  if (reader.frequencies.empty()) return x_BTHK;
-  return apply_rope(x_BTHK, make_rope_table(positions, 1, reader.frequencies, reader.pairs,
-                                            x_BTHK.scalar_type(), x_BTHK.device()));
-}
-
 // Legend: t tokens, H query heads, G key heads, R = H / G, n = t R.
 struct Dims {
   std::int64_t t, H, G;
@@ -28,12 +21,12 @@ struct Dims {
 
 // The queries as blocks see them that are s = 0 .. picks blocks into the frame: [G, S, n, K], fp32.
 at::Tensor places_of(const at::Tensor& q_1tHK, const Frame& frame, std::int64_t at, const Dims& d,
-                     const Reader& reader) {
+                     const Reader& reader, TurnTables& tables) {
   const std::int64_t S = frame.picks + 1, K = q_1tHK.size(3);
   std::vector<std::int64_t> positions;
   for (std::int64_t s = 0; s < S; ++s)
     for (std::int64_t i = 0; i < d.t; ++i) positions.push_back(at + i - s * frame.block);
-  return turned(q_1tHK.expand({S, d.t, d.H, K}).reshape({1, -1, d.H, K}), positions, reader)
+  return tables.turned(q_1tHK.expand({S, d.t, d.H, K}).reshape({1, -1, d.H, K}), positions, reader)
       .to(at::kFloat)
       .view({S, d.t, d.G, d.R(), K})
       .permute({2, 0, 1, 3, 4})
@@ -71,9 +64,31 @@ void certify_reads(GroupRead& read, const BlockPages& pages, const PastQueries& 
 
 }  // namespace
 
+at::Tensor TurnTables::turned(const at::Tensor& x_nTHK, const std::vector<std::int64_t>& positions,
+                              const Reader& reader) {
+  if (reader.frequencies.empty()) return x_nTHK;
+  for (const Entry& e : entries_)
+    if (e.positions == positions && e.frequencies == reader.frequencies &&
+        e.dtype == x_nTHK.scalar_type() && e.device == x_nTHK.device() &&
+        e.table.pairs == reader.pairs)
+      return apply_rope(x_nTHK, e.table);
+  Entry fresh{positions, reader.frequencies, x_nTHK.scalar_type(), x_nTHK.device(),
+              make_rope_table(positions, 1, reader.frequencies, reader.pairs, x_nTHK.scalar_type(),
+                              x_nTHK.device())};
+  const RopeTable table = fresh.table;
+  if (entries_.size() < kMost) {
+    entries_.push_back(std::move(fresh));
+  } else {
+    entries_[next_] = std::move(fresh);
+    next_ = (next_ + 1) % kMost;
+  }
+  return apply_rope(x_nTHK, table);
+}
+
 GroupRead read_group(const at::Tensor& q_1tHK, const at::Tensor& k_1RGK, const at::Tensor& v_1RGV,
                      const Group& group, const Reader& reader, const BlockPages& pages,
-                     const PastReader& past, const std::optional<Certify>& certify) {
+                     const PastReader& past, const std::optional<Certify>& certify,
+                     TurnTables& tables) {
   const Dims d{q_1tHK.size(1), q_1tHK.size(2), k_1RGK.size(2)};
   const Frame frame(reader.retrieval, group.first_local);
   const std::int64_t block = frame.block, rows = k_1RGK.size(1), at = group.begin - frame.shift();
@@ -83,7 +98,7 @@ GroupRead read_group(const at::Tensor& q_1tHK, const at::Tensor& k_1RGK, const a
     bases.push_back(frame.first_local * block - frame.shift() + r / block * block);
   const auto marks = regular_landmarks(0, rows, block);
   const Attended local =
-      attention(turned(q_1tHK, own, reader), turned(k_1RGK, bases, reader), v_1RGV,
+      attention(tables.turned(q_1tHK, own, reader), tables.turned(k_1RGK, bases, reader), v_1RGV,
                 at::tensor(at::ArrayRef<std::uint8_t>(marks), at::kByte).unsqueeze(0),
                 {.scale = reader.scale, .path = reader.path});
   GroupRead read;
@@ -99,7 +114,7 @@ GroupRead read_group(const at::Tensor& q_1tHK, const at::Tensor& k_1RGK, const a
   const at::Tensor near =
       d.by_head(local.lse.select(0, 0).t().to(at::kFloat).unsqueeze(-1)).contiguous();  // [G, n, 1]
   const PastQueries queries{frame,
-                            places_of(q_1tHK, frame, at, d, reader),
+                            places_of(q_1tHK, frame, at, d, reader, tables),
                             near.squeeze(-1),
                             d.t,
                             reader.scale,
