@@ -7,6 +7,7 @@
 #include "core/progress.h"
 #include "core/text.h"
 #include "eval/attention_reach.h"
+#include "eval/plot.h"
 #include "eval/recall.h"
 #include "eval/retrieval_page.h"
 #include "eval/stream_reader.h"
@@ -68,7 +69,9 @@ struct RetrievalCommand {
     object.update(to_json(measured));
     object.update(describe(loaded.place));
     if (!report.empty())
-      EVERLONG_RETURN_IF_ERROR(write_file(report, retrieval_page(measured, object)));
+      EVERLONG_RETURN_IF_ERROR(write_file(report, report.ends_with(".svg")
+                                                      ? svg_file(retrieval_map(object, false))
+                                                      : retrieval_page(measured, object)));
     return output.give(object, table(measured));
   }
 
@@ -155,7 +158,8 @@ struct RetrievalCommand {
     command.flag("--no-control", no_control, "leave out the control without memory");
     command.option("--feed N", options.feed, "tokens fed at a time; changes speed, not results");
     command.option("--seed N", seed, "same seed, same prompts");
-    command.option("--report FILE", report, "write a page with the map of length and depth");
+    command.option("--report FILE", report,
+                   "write a page with the map of length and depth; FILE.svg: the map alone");
     output.add(command);
     command.run([this] { return run(); });
   }

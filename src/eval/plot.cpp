@@ -263,6 +263,14 @@ std::string svg(const Plot& plot) {
   return out + "</svg>";
 }
 
+std::string svg_file(std::string_view svg) {
+  const std::size_t name = svg.find("<svg"), end = svg.find('>', name);
+  if (name == std::string_view::npos || end == std::string_view::npos) return std::string(svg);
+  return cat("<svg xmlns=\"http://www.w3.org/2000/svg\" style=\"background: var(--page)\"",
+             svg.substr(name + 4, end - name - 4), "><style>", plot_style(), "</style>",
+             svg.substr(end + 1), "\n");
+}
+
 std::string_view plot_style() {
   return R"(
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --soft: #59636e;

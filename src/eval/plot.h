@@ -32,6 +32,8 @@ struct Plot {
 // plot_style(), which follow the reader's light or dark theme.
 std::string svg(const Plot& plot);
 std::string_view plot_style();  // CSS, once a page
+// One such <svg> as a file of its own, with its colours.
+std::string svg_file(std::string_view svg);
 
 // Round values that cover [low, high], about `count` of them: 0, 0.5, 1, ... Exposed for its test.
 std::vector<double> round_ticks(double low, double high, int count);

@@ -58,5 +58,13 @@ TEST(Plot, OnePointAndConstantValuesAreDrawn) {
   }
 }
 
+TEST(Plot, APictureStandsAlone) {
+  const std::string file = svg_file("<svg viewBox=\"0 0 7 2\"><path class=\"c0\"/></svg>");
+  EXPECT_TRUE(file.starts_with("<svg xmlns=\"http://www.w3.org/2000/svg\"")) << file;
+  EXPECT_NE(file.find("viewBox=\"0 0 7 2\"><style>"), std::string::npos);
+  EXPECT_NE(file.find("--c0:"), std::string::npos);
+  EXPECT_NE(file.find("</style><path class=\"c0\"/></svg>"), std::string::npos);
+}
+
 }  // namespace
 }  // namespace everlong
