@@ -13,6 +13,7 @@ struct Scratch {
   float *gates, *slopes;              // [kTogether][most][kTileRows]: scores in units of log 2, dz
   float* grad_q;                      // [kTogether][kTileRows][padded dim]
   float *along, *total;               // [kTogether][kTileRows]: D, L
+  float* tiles;                       // [kTogether]: as FusedBackward loads them
   float *packed, *queries;            // [dim][kTileRows], [kTileRows][kKeyStride]
   float *landmarks, *landmark_grads;  // [kPanel][kKeyStride]
   FusedBackward block;
@@ -26,6 +27,7 @@ struct Scratch {
         grad_q(arena.floats(kTogether * kTileRows * TileSections::padded(plan.key_dim()))),
         along(arena.floats(kTogether * kTileRows)),
         total(arena.floats(kTogether * kTileRows)),
+        tiles(arena.floats(kTogether * FusedBackward::kTileFloats)),
         packed(arena.floats(kTileRows * plan.key_dim())),
         queries(arena.floats(kTileRows * kKeyStride)),
         landmarks(arena.floats(kPanel * kKeyStride)),
@@ -95,6 +97,8 @@ class HeadBackward {
     float *along = s_.along + i * kTileRows, *total = s_.total + i * kTileRows;
     cpu::softmax_delta(tile_rows(grads_.o, t), tile_rows(grads_.grad_o, t), rows, plan_.value_dim(),
                        {along, DType::kFloat32, 1, 0, 1});
+    s_.block.load(tile_rows(plan_.call.q, t), tile_rows(grads_.grad_o, t), rows,
+                  s_.tiles + i * FusedBackward::kTileFloats);
     const Rows lse = tile_rows(transposed(grads_.lse), t);
     for (std::int64_t r = 0; r < t.rows; ++r)
       total[r] = static_cast<const float*>(lse.data)[lse.at(r)];
@@ -120,10 +124,9 @@ class HeadBackward {
       view_section(plan_, t, section, of_section(s_.gates, i, index), view_);
       if (!begun) s_.block.begin(view_.k, view_.v, section.content());
       begun = true;
-      s_.block.absorb(tile_rows(plan_.call.q, t), tile_rows(grads_.grad_o, t),
-                      static_cast<int>(t.rows), view_, s_.total + i * kTileRows,
-                      s_.along + i * kTileRows, s_.grad_q + i * kTileRows * key_stride_,
-                      of_section(s_.slopes, i, index));
+      s_.block.absorb(s_.tiles + i * FusedBackward::kTileFloats, static_cast<int>(t.rows), view_,
+                      s_.total + i * kTileRows, s_.along + i * kTileRows,
+                      s_.grad_q + i * kTileRows * key_stride_, of_section(s_.slopes, i, index));
     }
     if (begun)
       s_.block.finish(s_.grad_k + section.begin * key_stride_,

@@ -40,17 +40,20 @@ class FusedForward {
   float *shared_, *scratch_;
 };
 
-// Backward of one section: begin, absorb every tile that sees it, finish.
+// Backward of one section: begin, absorb every tile that sees it, finish. Tiles are loaded once for
+// all the sections that they meet.
 class FusedBackward {
  public:
   static std::int64_t scratch_floats(int key_dim, int value_dim);
   FusedBackward(const cpu::SoftmaxShape& shape, float* scratch);
 
   void begin(const cpu::Rows& k, const cpu::Rows& v, std::int64_t count);
+  static constexpr std::int64_t kTileFloats = 2 * cpu::kTileRows * kKeyStride;
+  void load(const cpu::Rows& q, const cpu::Rows& grad_o, int rows, float* tile) const;
   // Adds dq / scale to grad_q [kTileRows][padded key_dim]. lse, along [kTileRows]: L (natural
   // logarithm) and D of the rows. Writes the slopes of the gate, [kTileRows].
-  void absorb(const cpu::Rows& q, const cpu::Rows& grad_o, int rows, const SectionView& section,
-              const float* lse, const float* along, float* grad_q, float* gate_slope);
+  void absorb(const float* tile, int rows, const SectionView& section, const float* lse,
+              const float* along, float* grad_q, float* gate_slope);
   // Adds the gradients to fp32 rows [count][padded dim].
   void finish(float* grad_k, float* grad_v) const;
 

@@ -19,12 +19,11 @@ struct FusedBackwardScratch {
   static constexpr std::int64_t kSide = cpu::kTileRows, kCopy = cpu::kTileKeys * kKeyStride;
   static std::int64_t wide(std::int64_t dim) { return (dim + 31) / 32 * 32; }
   static std::int64_t floats(std::int64_t key_dim, std::int64_t value_dim) {
-    return kSide * (key_dim + value_dim + wide(key_dim) + wide(value_dim)) + 3 * kCopy +
+    return kSide * (key_dim + value_dim + wide(key_dim) + wide(value_dim)) + kCopy +
            2 * kSide * kSide;
   }
   float *k_columns, *v_columns;  // transposed [dim][kSide]; k times scale log2(e)
   float* k;                      // [kTileKeys][kKeyStride]
-  float *q, *grad_o;             // [kSide][kKeyStride]
   float *p, *ds;                 // [kSide][kSide]
   float *dk, *dv;                // [kTileKeys][padded dim]
 
@@ -32,9 +31,7 @@ struct FusedBackwardScratch {
       : k_columns(base),
         v_columns(k_columns + kSide * key_dim),
         k(v_columns + kSide * value_dim),
-        q(k + kCopy),
-        grad_o(q + kCopy),
-        p(grad_o + kCopy),
+        p(k + kCopy),
         ds(p + kSide * kSide),
         dk(ds + kSide * kSide),
         dv(dk + kSide * wide(key_dim)) {}
@@ -126,17 +123,22 @@ float slope_row(const SectionView& section, int row, float lse, float along, flo
   return gate_slope;
 }
 
-void absorb_tile(const cpu::SoftmaxShape& shape, float* scratch, const cpu::Rows& q,
-                 const cpu::Rows& grad_o, int rows, const SectionView& section, const float* lse,
-                 const float* along, float* grad_q, float* gate_slope) {
+void load_tile(const cpu::SoftmaxShape& shape, const cpu::Rows& q, const cpu::Rows& grad_o,
+               int rows, float* loaded) {
+  tile::copy_rows(q, 0, rows, shape.key_dim, loaded);
+  tile::copy_rows(grad_o, 0, rows, shape.value_dim, loaded + Scratch::kSide * kKeyStride);
+}
+
+void absorb_tile(const cpu::SoftmaxShape& shape, float* scratch, const float* loaded, int rows,
+                 const SectionView& section, const float* lse, const float* along, float* grad_q,
+                 float* gate_slope) {
   const Scratch s(scratch, shape.key_dim, shape.value_dim);
+  const float *q = loaded, *grad_o = loaded + Scratch::kSide * kKeyStride;
   const std::int64_t keys = section.count, key_stride = tile::padded(shape.key_dim),
                      value_stride = tile::padded(shape.value_dim);
-  tile::copy_rows(q, 0, rows, shape.key_dim, s.q);
-  tile::copy_rows(grad_o, 0, rows, shape.value_dim, s.grad_o);
   for (std::int64_t r = 0; r < rows; r += tile::kRowBlock) {
-    multiply_block(s.q + r * tile::kRow, s.k_columns, shape.key_dim, keys, s.p + r * tile::kSide);
-    multiply_block(s.grad_o + r * tile::kRow, s.v_columns, shape.value_dim, keys,
+    multiply_block(q + r * tile::kRow, s.k_columns, shape.key_dim, keys, s.p + r * tile::kSide);
+    multiply_block(grad_o + r * tile::kRow, s.v_columns, shape.value_dim, keys,
                    s.ds + r * tile::kSide);
     for (std::int64_t i = r; i < HWY_MIN(r + tile::kRowBlock, rows); ++i)
       gate_slope[i] = slope_row(section, static_cast<int>(i), lse[i], along[i],
@@ -147,9 +149,9 @@ void absorb_tile(const cpu::SoftmaxShape& shape, float* scratch, const cpu::Rows
                                       grad_q + r * key_stride, key_stride, nullptr);
   }
   for (std::int64_t j = 0; j < keys; j += tile::kRowBlock) {
-    tile::add_product<1, tile::kSide>(s.p + j, s.grad_o, rows, shape.value_dim,
+    tile::add_product<1, tile::kSide>(s.p + j, grad_o, rows, shape.value_dim,
                                       s.dv + j * value_stride, value_stride, nullptr);
-    tile::add_product<1, tile::kSide>(s.ds + j, s.q, rows, shape.key_dim, s.dk + j * key_stride,
+    tile::add_product<1, tile::kSide>(s.ds + j, q, rows, shape.key_dim, s.dk + j * key_stride,
                                       key_stride, nullptr);
   }
 }
@@ -159,8 +161,13 @@ void add_section(const cpu::SoftmaxShape& shape, float* scratch, std::int64_t co
   const Scratch s(scratch, shape.key_dim, shape.value_dim);
   const std::int64_t keys = count * tile::padded(shape.key_dim),
                      values = count * tile::padded(shape.value_dim);
-  for (std::int64_t i = 0; i < keys; ++i) grad_k[i] += shape.scale * s.dk[i];
-  for (std::int64_t i = 0; i < values; ++i) grad_v[i] += s.dv[i];
+  const F d;
+  const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));  // rows are whole vectors
+  const V scale = hn::Set(d, shape.scale);
+  for (std::int64_t i = 0; i < keys; i += lanes)
+    hn::StoreU(hn::MulAdd(scale, hn::LoadU(d, s.dk + i), hn::LoadU(d, grad_k + i)), d, grad_k + i);
+  for (std::int64_t i = 0; i < values; i += lanes)
+    hn::StoreU(hn::Add(hn::LoadU(d, s.dv + i), hn::LoadU(d, grad_v + i)), d, grad_v + i);
 }
 
 }  // namespace
@@ -171,6 +178,7 @@ HWY_AFTER_NAMESPACE();
 namespace everlong::landmark {
 namespace {
 HWY_EXPORT(pack_section);
+HWY_EXPORT(load_tile);
 HWY_EXPORT(absorb_tile);
 HWY_EXPORT(add_section);
 }  // namespace
@@ -185,11 +193,13 @@ void FusedBackward::begin(const cpu::Rows& k, const cpu::Rows& v, std::int64_t c
   count_ = count;
   HWY_DYNAMIC_DISPATCH(pack_section)(shape_, scratch_, k, v, count);
 }
-void FusedBackward::absorb(const cpu::Rows& q, const cpu::Rows& grad_o, int rows,
-                           const SectionView& section, const float* lse, const float* along,
-                           float* grad_q, float* gate_slope) {
+void FusedBackward::load(const cpu::Rows& q, const cpu::Rows& grad_o, int rows, float* tile) const {
+  HWY_DYNAMIC_DISPATCH(load_tile)(shape_, q, grad_o, rows, tile);
+}
+void FusedBackward::absorb(const float* tile, int rows, const SectionView& section,
+                           const float* lse, const float* along, float* grad_q, float* gate_slope) {
   HWY_DYNAMIC_DISPATCH(absorb_tile)
-  (shape_, scratch_, q, grad_o, rows, section, lse, along, grad_q, gate_slope);
+  (shape_, scratch_, tile, rows, section, lse, along, grad_q, gate_slope);
 }
 void FusedBackward::finish(float* grad_k, float* grad_v) const {
   HWY_DYNAMIC_DISPATCH(add_section)(shape_, scratch_, count_, grad_k, grad_v);
