@@ -84,21 +84,24 @@ float slope_row(const SectionView& section, int row, float lse, float along, flo
   const std::int64_t lanes = static_cast<std::int64_t>(hn::Lanes(d));
   const std::int64_t columns = (section.count + lanes - 1) / lanes * lanes;
   const V zero = hn::Zero(d), hidden = hn::Set(d, -tile::kInf);
-  const V seen = hn::Set(d, static_cast<float>(HWY_MIN(section.seen[row], section.count)));
-  const auto seen_at = [&](std::int64_t j) {
-    return hn::Lt(hn::Iota(d, static_cast<float>(j)), seen);
+  const std::int64_t visible = HWY_MIN(section.seen[row], section.count);
+  const V seen = hn::Set(d, static_cast<float>(visible));
+  // x where it is seen, else `otherwise`; most vectors are seen as a whole.
+  const auto where_seen = [&](std::int64_t j, V x, V otherwise) {
+    if (j + lanes <= visible) return x;
+    return hn::IfThenElse(hn::Lt(hn::Iota(d, static_cast<float>(j)), seen), x, otherwise);
   };
   const bool past = section.past[row] != 0;
   const float total = tile::kLog2e * lse;
   V top = hidden;
   for (std::int64_t j = 0; past && j < columns; j += lanes)
-    top = hn::Max(top, hn::IfThenElse(seen_at(j), hn::LoadU(d, p + j), hidden));
+    top = hn::Max(top, where_seen(j, hn::LoadU(d, p + j), hidden));
   const float largest = past ? hn::GetLane(hn::MaxOfLanes(d, top)) : total;
   const bool blind = lse == -tile::kInf;
   const V base = hn::Set(d, blind || largest == -tile::kInf ? 0.0F : largest);
   V sum = zero, mixed = zero;
   for (std::int64_t j = 0; j < columns; j += lanes) {
-    const V e = hn::IfThenElseZero(seen_at(j), tile::exp2(d, hn::Sub(hn::LoadU(d, p + j), base)));
+    const V e = where_seen(j, tile::exp2(d, hn::Sub(hn::LoadU(d, p + j), base)), zero);
     hn::StoreU(e, d, p + j);
     sum = hn::Add(sum, e);
     mixed = hn::Add(mixed, hn::IfThenZeroElse(hn::Eq(e, zero), hn::Mul(e, hn::LoadU(d, ds + j))));
