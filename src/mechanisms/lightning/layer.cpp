@@ -13,10 +13,6 @@ namespace {
 constexpr std::int64_t kUsualHeadDim = 64;
 constexpr double kMinimaxNormEps = 1e-6;  // the published class's own default, which nothing sets
 
-std::string describe(const at::Tensor& t) {
-  return t.defined() ? cat(t.scalar_type(), " ", t.sizes()) : std::string("no tensor");
-}
-
 // Whether this layer has LRPE.
 bool read_lrpe(Settings& s, const LayerSpec& spec) {
   const nlohmann::json given = s.raw("lrpe");
@@ -62,29 +58,6 @@ Result<LayerSettings> LayerSettings::read(const LayerSpec& spec) {
   out.norm_eps = s.number("norm_eps", minimax ? kMinimaxNormEps : spec.norm_eps, 0, 1);
   EVERLONG_RETURN_IF_ERROR(s.finish());
   return out;
-}
-
-Status LightningState::restore(const TensorMap& tensors) {
-  const auto found = tensors.find("S");
-  if (found == tensors.end() || tensors.size() != 1)
-    return invalid_argument("lightning: a state has one tensor, S; given ", tensors.size(),
-                            " tensors", found == tensors.end() ? " without S" : "");
-  const at::Tensor& S = found->second;
-  if (!S.defined() || S.sizes() != S_.sizes() || S.scalar_type() != S_.scalar_type())
-    return invalid_argument("lightning: S is ", describe(S), "; this state holds ", describe(S_));
-  S_ = S.to(S_.device());
-  return {};
-}
-
-std::unique_ptr<State> LightningState::select(std::span<const std::int64_t> sequences) const {
-  auto out = std::make_unique<LightningState>(select_sequences(S_, sequences));
-  out->positions() = selected_positions(sequences);
-  return out;
-}
-
-std::int64_t LightningState::bytes_bound(std::int64_t /*tokens*/) const {
-  return static_cast<std::int64_t>(S_.nbytes()) +
-         sequences() * static_cast<std::int64_t>(sizeof(std::int64_t));
 }
 
 Result<std::shared_ptr<Mixer>> make_layer(const LayerSpec& spec) {

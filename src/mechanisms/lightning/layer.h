@@ -19,6 +19,7 @@
 #include "layers/linear.h"
 #include "layers/mixer.h"
 #include "layers/norm.h"
+#include "mechanisms/lightning/layer_state.h"
 #include "mechanisms/lightning/op.h"
 #include "mechanisms/lightning/params.h"
 #include "mechanisms/mechanism.h"
@@ -43,23 +44,6 @@ struct LayerSettings {
   // Defaults that depend on the width: heads of 64 where that divides it, else one head; head_dim =
   // width / num_heads.
   static Result<LayerSettings> read(const LayerSpec& spec);
-};
-
-// S [N, H, K, V] and the positions. Its size never changes.
-class LightningState final : public State {
- public:
-  explicit LightningState(at::Tensor S_NHKV) : State(S_NHKV.size(0)), S_(std::move(S_NHKV)) {}
-
-  const at::Tensor& matrices() const { return S_; }
-  void set_matrices(at::Tensor S_NHKV) { S_ = std::move(S_NHKV); }
-
-  TensorMap tensors() const override { return {{"S", S_}}; }
-  Status restore(const TensorMap& tensors) override;
-  std::unique_ptr<State> select(std::span<const std::int64_t> sequences) const override;
-  std::int64_t bytes_bound(std::int64_t tokens) const override;
-
- private:
-  at::Tensor S_;  // fp32; fp64 under fp64 weights
 };
 
 // Learnable rotation of q and k by angles t * theta. Parameter "theta" [H, 1, D], initially
