@@ -37,8 +37,9 @@ class State {
   virtual std::int64_t bytes_bound(std::int64_t tokens) const = 0;
 
   std::unique_ptr<State> clone() const;
-  std::int64_t bytes()
-      const;  // of the tensors' storages; views into larger buffers count the buffer
+  // Of the tensors' storages (views into larger buffers count the buffer); a room that holds more
+  // than it carries answers for itself.
+  virtual std::int64_t bytes() const;
 
  protected:
   // positions() for select(): the position of each named sequence, 0 for -1.
