@@ -56,6 +56,10 @@ Result<LayerSettings> LayerSettings::read(const LayerSpec& spec) {
         invalid_argument("lrpe belongs to form \"transnormer\"; form \"minimax\" has no position"
                          " embedding: leave lrpe out"));
   out.norm_eps = s.number("norm_eps", minimax ? kMinimaxNormEps : spec.norm_eps, 0, 1);
+  const std::string behind = s.choice("write_behind", "auto", {"auto", "on", "off"});
+  out.write_behind = behind == "on"    ? WriteBehind::kOn
+                     : behind == "off" ? WriteBehind::kOff
+                                       : WriteBehind::kAuto;
   EVERLONG_RETURN_IF_ERROR(s.finish());
   return out;
 }
@@ -88,7 +92,8 @@ std::unique_ptr<State> LightningLayer::make_state(std::int64_t sequences) const 
   const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   return std::make_unique<LightningState>(
       at::zeros({sequences, settings_.num_heads, settings_.key_dim(), settings_.head_dim},
-                weight.options().dtype(dtype).requires_grad(false)));
+                weight.options().dtype(dtype).requires_grad(false)),
+      decay_, settings_.write_behind, weight.scalar_type());
 }
 
 std::string LightningLayer::path(at::Device device) const {
@@ -122,15 +127,19 @@ LightningState* LightningLayer::own_state(const at::Tensor& x_BTD, const Sequenc
 
 at::Tensor LightningLayer::attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                   const Sequences& sequences, LightningState* state) const {
-  const Attention attention =
-      decay_linear_attention(q, k, v, decay_, sequences.offsets,
-                             state == nullptr ? std::nullopt : std::optional(state->matrices()));
-  if (state != nullptr) {
-    state->set_matrices(attention.state_NHKV);
+  at::Tensor o;
+  if (state != nullptr && sequences.offsets.empty()) o = state->step_behind(q, k, v);
+  if (!o.defined()) {
+    const Attention attention =
+        decay_linear_attention(q, k, v, decay_, sequences.offsets,
+                               state == nullptr ? std::nullopt : std::optional(state->matrices()));
+    if (state != nullptr) state->set_matrices(attention.state_NHKV);
+    o = attention.o_BTHV;
+  }
+  if (state != nullptr)
     for (std::int64_t n = 0; n < state->sequences(); ++n)
       state->positions()[static_cast<std::size_t>(n)] += sequences.length(n, q.size(1));
-  }
-  return attention.o_BTHV.flatten(2);
+  return o.flatten(2);
 }
 
 }  // namespace everlong::lightning

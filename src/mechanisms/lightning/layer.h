@@ -38,6 +38,9 @@ struct LayerSettings {
   bool lrpe = false;  // in this layer; the key says which: "none", "first_layer", "all", or a list
                       // with 0 or 1 for each layer of the model. Form transnormer only
   double norm_eps = 1e-6;  // of the norm over all heads; form minimax: 1e-6 whatever the model's is
+  // "auto", "on" or "off": whether single tokens on a GPU wait in rings before they enter S. "on"
+  // does so at any size. A matter of time alone: the numbers agree to rounding.
+  WriteBehind write_behind = WriteBehind::kAuto;
 
   std::int64_t key_dim() const { return head_dim * (lrpe ? 2 : 1); }
 

@@ -406,9 +406,39 @@ TEST(LightningLayer, RefusesBadSettings) {
   refused(32, {{"form", "minimax"}, {"lrpe", "all"}}, "lrpe belongs to form");
   refused(32, {{"form", "mini"}}, "form");
   refused(32, {{"activation", "gelu"}}, "activation");
+  refused(32, {{"write_behind", "maybe"}},
+          "lightning: write_behind = \"maybe\" is not known; allowed: auto, on, off");
+  refused(32, {{"write_behind", "onn"}}, "Did you mean \"on\"");
+  refused(32, {{"write_behind", true}}, "write_behind");
   refused(32, {{"heads", 4}}, "heads is not a setting");
   refused(0, {}, "hidden_size");
   EXPECT_TRUE(make_layer(spec_of(30, {{"num_heads", 4}, {"head_dim", 8}})).ok());
+}
+
+// States are written behind on GPUs alone.
+TEST(LightningLayer, WriteBehindIsReadAndChangesNothingOnTheCpu) {
+  EXPECT_EQ(LayerSettings::read(spec_of(32, {}))->write_behind, WriteBehind::kAuto);
+  EXPECT_EQ(LayerSettings::read(spec_of(32, {{"write_behind", "off"}}))->write_behind,
+            WriteBehind::kOff);
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> results;
+  for (const char* form : {"transnormer", "minimax"})
+    for (const char* write_behind : {"off", "on", "auto"}) {
+      at::manual_seed(5);
+      const auto mixer =
+          make(spec_of(32, {{"form", form}, {"num_heads", 2}, {"write_behind", write_behind}}));
+      const at::Tensor x = at::randn({2, 57, 32});
+      const auto state = mixer->make_state(2);
+      std::vector<at::Tensor> y = {mixer->forward(x.narrow(1, 0, 37), {}, state.get())};
+      for (std::int64_t t = 37; t < 57; ++t)
+        y.push_back(mixer->forward(x.narrow(1, t, 1), {}, state.get()));
+      EXPECT_EQ(state->bytes(), state->bytes_bound(57)) << write_behind;
+      EXPECT_EQ(state->positions(), (std::vector<std::int64_t>{57, 57}));
+      y.push_back(state->tensors().at("S").flatten(2).view({2, -1, 32}));
+      const at::Tensor all = at::cat(y, 1);
+      if (write_behind == std::string("off")) results.push_back(all);
+      EXPECT_TRUE(test::same_bits(all, results.back())) << form << " " << write_behind;
+    }
 }
 
 TEST(LightningLayer, RefusesAStrangersState) {
