@@ -82,6 +82,15 @@ struct CudaPacking {
 // Fills 2 (N+1) numbers, from sorted offsets.
 void cuda_offsets(std::span<const std::int64_t> cu_seqlens, std::span<std::int32_t> offsets);
 
+// What the chunk engine does besides, in the time in which it waits for memory.
+struct CudaFused {
+  // x / (1 + exp(-x)) of q, k, v as they are read, rounded to their dtype.
+  bool silu_q = false, silu_k = false, silu_v = false;
+  // Sums of o^2 over V before o is rounded, [B, H, T] contiguous on the device; null: not wanted.
+  float* row_squares_BHT = nullptr;
+  bool any() const { return silu_q || silu_k || silu_v || row_squares_BHT != nullptr; }
+};
+
 struct CudaForward {
   ConstTensorView q_BTHK, k_BTHK, v_BTHV;
   TensorView o_BTHV;
@@ -96,6 +105,7 @@ struct CudaForward {
   // heads are slower.
   void* workspace = nullptr;
   CudaPacking packing = {};
+  CudaFused fused = {};  // cuda_forward() alone; the sweep refuses any
 };
 Status cuda_forward(const CudaForward& call, void* stream);
 Status cuda_sweep_forward(const CudaForward& call, void* stream);

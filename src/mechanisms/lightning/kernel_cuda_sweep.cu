@@ -155,6 +155,8 @@ Status cuda_sweep_forward(const CudaForward& call, void* stream) {
   const CudaTensors tensors{call.q_BTHK, call.k_BTHK, call.v_BTHV,  {},
                             like_v,      states,      call.slope_H, call.packing};
   EVERLONG_RETURN_IF_ERROR(validate(tensors));
+  if (call.fused.any())
+    return unsupported("lightning: the CUDA sweep computes neither silu nor row squares");
   return run({tensors, call.scale, call.workspace, stream}, call.q_BTHK, call.k_BTHK, call.v_BTHV,
              call.o_BTHV, states_of(call.state_in_NHKV, false),
              states_of(call.state_out_NHKV, false), false);

@@ -142,17 +142,23 @@ engine::OutputRows output_rows(const ConstTensorView& x) {
 
 Status run_forward(const ConstTensorView& q_view, const ConstTensorView& k_view,
                    const ConstTensorView& v_view, const ConstTensorView& o_view, const Pass& pass,
-                   void* stream) {
+                   const CudaFused& fused, void* stream) {
   const int columns = columns_of_panels(q_view.sizes[3], v_view.sizes[3]);
   EVERLONG_ASSIGN(const CUtensorMap q, cuda::tiles_of(q_view, kChunk, columns));
   EVERLONG_ASSIGN(const CUtensorMap k, cuda::tiles_of(k_view, kChunk, columns));
   EVERLONG_ASSIGN(const CUtensorMap v, cuda::tiles_of(v_view, kChunk, columns));
   EVERLONG_ASSIGN(const CUtensorMap o, cuda::tiles_of(o_view, engine::kOutRows, columns));
-  const Launch p = make_launch(pass);
+  Launch p = make_launch(pass);
+  p.silu_q = fused.silu_q, p.silu_k = fused.silu_k, p.silu_v = fused.silu_v;
+  p.row_squares = fused.row_squares_BHT;
+  const auto start = [&](auto keys, auto values, auto any) {
+    return launch<engine::Forward<keys, values, any>>(
+        engine::forward_kernel<keys, values, any>, p, pass.sizes_BTHK[0] * pass.sizes_BTHK[2],
+        stream, std::tuple(q, k, v, o, output_rows(o_view)));
+  };
   return as_status(with_padded_dims(p.K, p.V, [&](auto keys, auto values) {
-    return launch<engine::Forward<keys, values>>(engine::forward_kernel<keys, values>, p,
-                                                 pass.sizes_BTHK[0] * pass.sizes_BTHK[2], stream,
-                                                 std::tuple(q, k, v, o, output_rows(o_view)));
+    return fused.any() ? start(keys, values, std::true_type())
+                       : start(keys, values, std::false_type());
   }));
 }
 
@@ -188,7 +194,7 @@ Status cuda_forward(const CudaForward& call, void* stream) {
                      {call.q_BTHK.sizes, call.v_BTHV.sizes[3], rows_of(call.state_in_NHKV),
                       rows_of(call.state_out_NHKV), call.slope_H, call.scale, call.exact,
                       call.workspace, call.packing},
-                     stream);
+                     call.fused, stream);
 }
 
 Status cuda_backward(const CudaBackward& call, void* stream) {
@@ -214,7 +220,7 @@ Status cuda_backward(const CudaBackward& call, void* stream) {
                    call.slope_H,      call.scale,           call.exact, call.workspace,
                    call.packing};
   EVERLONG_RETURN_IF_ERROR(
-      run_forward(call.grad_o_BTHV, call.v_BTHV, call.k_BTHK, call.grad_q_BTHK, for_q, stream));
+      run_forward(call.grad_o_BTHV, call.v_BTHV, call.k_BTHK, call.grad_q_BTHK, for_q, {}, stream));
   const Pass for_k_and_v{call.q_BTHK.sizes,
                          call.v_BTHV.sizes[3],
                          rows_of(call.grad_state_NHKV),

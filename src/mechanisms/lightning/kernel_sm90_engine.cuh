@@ -6,11 +6,12 @@
 // of S (fp32, in registers, 64 each) and leave a bf16 copy in shared memory for Q S.
 // Bound by memory: 1024 bytes a token and head at K = V = 128 against 98 kFLOP.
 #pragma once
-#include "mechanisms/lightning/kernel_sm90_parts.cuh"
+#include "mechanisms/lightning/kernel_sm90_fused.cuh"
 
 namespace everlong::lightning::engine {
 
-template <int kKeys, int kValues>
+// kFused: with what kernel_sm90_fused.cuh adds, in a warpgroup more.
+template <int kKeys, int kValues, bool kFused>
 struct Forward {
   static_assert(kKeys % 32 == 0 && kValues % 32 == 0);
   static constexpr int kColumns = panel_columns(kKeys, kValues);  // of a panel
@@ -18,7 +19,7 @@ struct Forward {
   static constexpr int kPanel = kChunk * Panel::kRow, kOutPanel = kOutRows * Panel::kRow;
   static constexpr int kKeyPanels = Panel::of(kKeys), kValuePanels = Panel::of(kValues);
   static constexpr int kStateGroups = groups_of(kKeys);
-  static constexpr int kThreads = (2 + kStateGroups) * kWarpgroup;
+  static constexpr int kThreads = (2 + kStateGroups + kFused) * kWarpgroup;
   static constexpr int kKeyTile = kPanel * kKeyPanels, kValueTile = kPanel * kValuePanels;
   static constexpr int kStage = 2 * kKeyTile + kValueTile;  // q, k, v
   // 2 and 3 stages of 48 KB differ by less than 1 %; 144 KB in flight ride out more jitter.
@@ -47,8 +48,9 @@ struct Forward {
         barrier_wait(&shared.barriers.empty[ring.stage], ring.parity ^ 1);
         const bool computed = chunk >= s.first;
         const int token = s.token + token_of<false>(s, chunk);
-        std::uint64_t* const full = shared.barriers.expect(
-            ring.stage, computed ? kStage : kKeyTile + kValueTile, is_tail<false>(p, s, chunk));
+        std::uint64_t* const full =
+            shared.barriers.expect(ring.stage, computed ? kStage : kKeyTile + kValueTile,
+                                   kFused || is_tail<false>(p, s, chunk));
         unsigned char* to = stage;
         for (int panel = 0; panel < kKeyPanels; ++panel, to += kPanel) {
           if (computed) load_box(to, &maps.q, full, panel * kColumns, token, s.head, s.batch);
@@ -57,6 +59,29 @@ struct Forward {
         to += kKeyTile;
         for (int panel = 0; panel < kValuePanels; ++panel, to += kPanel)
           load_box(to, &maps.v, full, panel * kColumns, token, s.head, s.batch);
+      }
+  }
+
+  __device__ static void turn_inputs(const Launch& p, Shared& shared) {
+    Ring<kStages> ring;
+    Walk walk(p);
+    for (Segment s; walk.next(s);)
+#pragma unroll 1
+      for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
+        unsigned char* const stage = shared.stage[ring.stage];
+        const int length = p.first_chunk == nullptr ? kChunk : length_of<false>(s, chunk);
+        const bool turns_q = p.silu_q && chunk >= s.first;
+        barrier_wait(&shared.barriers.loaded[ring.stage], ring.parity);
+        if (p.silu_k) {
+          silu_of_bytes(stage, turns_q ? 0 : kKeyTile, p.silu_v ? kStage : 2 * kKeyTile);
+        } else {
+          silu_of_bytes(stage, 0, turns_q ? kKeyTile : 0);
+          silu_of_bytes(stage, p.silu_v ? 2 * kKeyTile : kStage, kStage);
+        }
+        if (length < kChunk) clear_behind<Panel, kStage>(stage, length);
+        shared_writes_fence();
+        __syncwarp();
+        if (lane_of_warp() == 0) barrier_arrive(&shared.barriers.full[ring.stage]);
       }
   }
 
@@ -115,6 +140,7 @@ struct Forward {
         wgmma_wait<0>();
         settle(sum);
         if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
+        if constexpr (kFused) store_row_squares(sum, p, s, token_of<false>(s, chunk));
         store_rows<Panel>(sum, shared.out[warp_of_group()], maps.o, o, p.V,
                           p.first_chunk != nullptr, token_of<false>(s, chunk), s);
       }
@@ -157,32 +183,37 @@ struct Forward {
 
   __device__ static void run(const Maps& maps, const OutputRows& o, const Launch& p,
                              Shared& shared) {
-    if (threadIdx.x == 0) {
-      shared.barriers.init(4 * (1 + kStateGroups), 4 * kStateGroups, 4);
-    }
+    if (threadIdx.x == 0)
+      shared.barriers.init(kFused ? 4 : 1, 4 * (1 + kStateGroups), 4 * kStateGroups, 4);
     __syncthreads();
     // Uniform for the compiler too, else it serialises the products.
     const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+    // Together no more than the block starts with: 504 for one thread of each of three groups, 512
+    // of four, 480 of five.
     if (role == 0) {
       registers_down<24>();
       if (threadIdx.x == 0) copy_tiles(maps, p, shared);
-      if (threadIdx.x / 32 == 1) clear_tails<false, Panel>(p, shared.stage, shared.barriers);
+      if (!kFused && threadIdx.x / 32 == 1)
+        clear_tails<false, Panel>(p, shared.stage, shared.barriers);
     } else if (role == 1) {
-      registers_up<kStateGroups == 2 ? 184 : 240>();
+      registers_up<kStateGroups == 1 ? (kFused ? 208 : 240) : kFused ? 152 : 184>();
       make_output(maps, o, p, shared);
+    } else if (kFused && role == 2 + kStateGroups) {
+      registers_down<kStateGroups == 1 ? 72 : 64>();
+      turn_inputs(p, shared);
     } else {
-      registers_up<kStateGroups == 2 ? 152 : 240>();
+      registers_up<kStateGroups == 1 ? (kFused ? 208 : 240) : kFused ? 120 : 152>();
       carry_state(p, shared, role - 2);
     }
   }
 };
 
-template <int kKeys, int kValues>
-__global__ void __launch_bounds__((2 + groups_of(kKeys)) * kWarpgroup, 1)
+template <int kKeys, int kValues, bool kFused>
+__global__ void __launch_bounds__((2 + groups_of(kKeys) + kFused) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
                    const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap o,
                    const __grid_constant__ OutputRows o_rows, const __grid_constant__ Launch p) {
-  using F = Forward<kKeys, kValues>;
+  using F = Forward<kKeys, kValues, kFused>;
   extern __shared__ __align__(1024) unsigned char memory[];
   F::run({q, k, v, o}, o_rows, p, *reinterpret_cast<typename F::Shared*>(memory));
 }

@@ -179,7 +179,7 @@ struct Gradients {
   __device__ static void run(const Maps& maps, const OutputRows& grad_k, const OutputRows& grad_v,
                              const Launch& p, Shared& shared) {
     if (threadIdx.x == 0) {
-      shared.barriers.init(12, 4, 8);
+      shared.barriers.init(1, 12, 4, 8);
     }
     __syncthreads();
     const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);

@@ -51,6 +51,10 @@ struct Launch {
   int ranges, parts;
   bool state_only, exact;  // exact: a part's own state is made from all its chunks
   float* carried;
+  // Of the forward pass alone: q, k, v become x / (1 + exp(-x)) as they are read; null or
+  // [B, H, T]: sums of o^2 over a row, before it is rounded.
+  bool silu_q, silu_k, silu_v;
+  float* row_squares;
   float scale;
   float slope[kCudaMaxHeads];
   int cut[kMaxRanges + 1];
@@ -169,16 +173,18 @@ __device__ __forceinline__ StateRows end_of(const Launch& p, const Segment& s) {
 }
 
 // Past the end of a packed sequence lies the next one: there the rows of a stage are cleared (0
-// times infinity would be no zero), by a warp of their own, so that loads go on meanwhile.
+// times infinity would be no zero), by a warp of their own, so that loads go on meanwhile. The same
+// for stages that are turned into something else before they are used (kernel_sm90_fused.cuh).
 template <int kStages>
 struct Barriers {
   std::uint64_t full[kStages], empty[kStages];
-  std::uint64_t loaded[kStages];  // tails only: there, but not cleared yet
+  std::uint64_t loaded[kStages];  // there, but not cleared or turned yet
   std::uint64_t state_full, state_empty;
 
-  __device__ void init(int stage_readers, int state_writers, int state_readers) {  // warps
+  __device__ void init(int stage_writers, int stage_readers, int state_writers,
+                       int state_readers) {  // warps; of a stage, after the copy: 1 for none
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(&full[i], 1);
+      barrier_init(&full[i], stage_writers);
       barrier_init(&empty[i], stage_readers);
       barrier_init(&loaded[i], 1);
     }
@@ -187,8 +193,8 @@ struct Barriers {
     barrier_init_fence();
   }
   // The barrier that copies of this stage complete on, told of their bytes. By one thread.
-  __device__ std::uint64_t* expect(int stage, int bytes, bool is_tail) {
-    std::uint64_t* const barrier = is_tail ? &loaded[stage] : &full[stage];
+  __device__ std::uint64_t* expect(int stage, int bytes, bool is_raw) {
+    std::uint64_t* const barrier = is_raw ? &loaded[stage] : &full[stage];
     barrier_arrive_expecting(barrier, bytes);
     return barrier;
   }

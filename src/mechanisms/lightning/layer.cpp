@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "core/settings.h"
 #include "mechanisms/lightning/op_cuda.h"
@@ -125,14 +126,21 @@ LightningState* LightningLayer::own_state(const at::Tensor& x_BTD, const Sequenc
   return own;
 }
 
-at::Tensor LightningLayer::attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                  const Sequences& sequences, LightningState* state) const {
+at::Tensor LightningLayer::attend(at::Tensor q, at::Tensor k, at::Tensor v,
+                                  const Sequences& sequences, LightningState* state,
+                                  Fusion fusion) const {
   at::Tensor o;
-  if (state != nullptr && sequences.offsets.empty()) o = state->step_behind(q, k, v);
+  fusion.final_state = state != nullptr;
+  if (state != nullptr && sequences.offsets.empty() && q.size(1) == 1) {
+    q = silu_where(std::exchange(fusion.silu_q, false), q);
+    k = silu_where(std::exchange(fusion.silu_k, false), k);
+    v = silu_where(std::exchange(fusion.silu_v, false), v);
+    o = state->step_behind(q, k, v);
+  }
   if (!o.defined()) {
-    const Attention attention =
-        decay_linear_attention(q, k, v, decay_, sequences.offsets,
-                               state == nullptr ? std::nullopt : std::optional(state->matrices()));
+    const Attention attention = decay_linear_attention(
+        q, k, v, decay_, sequences.offsets,
+        state == nullptr ? std::nullopt : std::optional(state->matrices()), Path::kAuto, fusion);
     if (state != nullptr) state->set_matrices(attention.state_NHKV);
     o = attention.o_BTHV;
   }

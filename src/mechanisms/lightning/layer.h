@@ -78,9 +78,9 @@ class LightningLayer : public Mixer {
   // The state as this room's, after checks; null stays null.
   LightningState* own_state(const at::Tensor& x_BTD, const Sequences& sequences,
                             State* state) const;
-  // o [B, T, H D], all heads side by side. Moves the state on.
-  at::Tensor attend(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK, const at::Tensor& v_BTHV,
-                    const Sequences& sequences, LightningState* state) const;
+  // o [B, T, H D], all heads side by side, of silu(q) where the fusion says so. Moves the state on.
+  at::Tensor attend(at::Tensor q_BTHK, at::Tensor k_BTHK, at::Tensor v_BTHV,
+                    const Sequences& sequences, LightningState* state, Fusion fusion = {}) const;
 
   LayerSettings settings_;
   Decay decay_;

@@ -52,10 +52,15 @@ at::Tensor GatedLinearAttention::forward(const at::Tensor& x_BTD, const Sequence
   const auto qk_v_u =
       qkvu_proj_->forward(x_BTD).view({B, T, 4, H, D}).split_with_sizes({2, 1, 1}, 2);
   at::Tensor qk = qk_v_u[0];
-  if (settings_.activation == Activation::kSilu) qk = at::silu(qk);
+  Fusion fusion;
+  if (settings_.activation == Activation::kSilu) {
+    // On a GPU the kernel does it on the way, where no rotation comes in between.
+    fusion.silu_q = fusion.silu_k = qk.is_cuda() && lrpe_ == nullptr;
+    qk = silu_where(!fusion.silu_q, qk);
+  }
   if (lrpe_ != nullptr) qk = lrpe_->forward(qk, positions_of(sequences, own, B, T, x_BTD.device()));
   const auto q_k = qk.unbind(2);
-  const at::Tensor o = attend(q_k[0], q_k[1], qk_v_u[1].squeeze(2), sequences, own);
+  const at::Tensor o = attend(q_k[0], q_k[1], qk_v_u[1].squeeze(2), sequences, own, fusion);
   return out_proj_->forward(qk_v_u[2].reshape({B, T, H * D}) *
                             simple_rms_norm(o, settings_.norm_eps));
 }

@@ -62,6 +62,85 @@ TEST_F(LightningHopper, LongLinesAreCutInEveryWay) {
   expect_backward_right(c);
 }
 
+// Few heads, whose states are handed on from part to part, exactly and as far as they reach.
+TEST_F(LightningHopper, PartsHandTheirStatesOn) {
+  for (const bool exact : {false, true})
+    for (const std::int64_t dim : {64, 128}) {
+      Case c{.B = 1, .T = 64 * 300 + 5, .H = 1, .K = dim, .V = dim, .slope = {1e-4}};
+      c.exact = exact;
+      expect_forward_right(c);
+      expect_backward_right(c);
+      c = {.B = 2, .T = 64 * 60, .H = 4, .K = dim, .V = dim, .slope = {0.5, 0.06, 4e-3, 0}};
+      c.exact = exact;
+      expect_forward_right(c);
+      expect_backward_right(c);
+    }
+}
+
+TEST_F(LightningHopper, SiluAndRowSquaresRideAlong) {
+  for (const int dim : {64, 96, 128}) {
+    Case c{.K = dim, .V = dim, .row_squares = true};
+    expect_forward_right(c);
+    c.silu_q = c.silu_k = true;
+    for (const int tokens : {1, 63, 64, 65, 500}) {
+      c.T = tokens;
+      expect_forward_right(c);
+    }
+    c.silu_v = true;
+    expect_forward_right(c);
+    c.row_squares = c.silu_q = false;
+    expect_forward_right(c);
+  }
+  Case packed{.B = 1,
+              .K = 40,
+              .V = 96,
+              .cu_seqlens = {0, 1, 65, 193, 194, 258, 700, 717},
+              .silu_q = true,
+              .silu_v = true,
+              .row_squares = true};
+  packed.T = packed.cu_seqlens.back();
+  expect_forward_right(packed);
+  packed.silu_q = packed.silu_v = false;
+  expect_forward_right(packed);
+  for (const bool exact : {false, true})
+    expect_forward_right({.B = 1,
+                          .T = 64 * 140 + 37,
+                          .H = 2,
+                          .K = 128,
+                          .V = 128,
+                          .slope = {0.3, 1e-3},
+                          .exact = exact,
+                          .silu_q = true,
+                          .silu_k = true,
+                          .silu_v = true,
+                          .row_squares = true});
+}
+
+// Far out silu is x or 0, and what is no number stays where it is.
+TEST_F(LightningHopper, SiluOfExtremesIsFinite) {
+  const Case c{.B = 1, .T = 64, .H = 1, .slope = {0.5}, .gap = 0};
+  std::vector<double> values(size(c.T * c.K), 0.0);
+  for (std::size_t i = 0; i < values.size(); ++i)
+    values[i] = rounded(c.dtype, (i % 2 == 0 ? -1.0 : 1.0) * std::pow(10.0, double(i % 37)));
+  const Tokens k(c, c.K, 2), o(c, c.V);
+  Memory q(values.size() * 2), v(values.size() * 2);
+  write_values(q, c.dtype, std::vector<double>(values.size(), 1.0));
+  write_values(v, c.dtype, values);
+  const auto view = [&](const Memory& x) {
+    return TensorView{x.data(), c.dtype, k.view().sizes, k.view().strides};
+  };
+  CudaForward call{.q_BTHK = view(q),
+                   .k_BTHK = k.view(),
+                   .v_BTHV = view(v),
+                   .o_BTHV = o.view(),
+                   .slope_H = c.slope,
+                   .fused = {.silu_v = true}};
+  ASSERT_TRUE(cuda_forward(call, nullptr).ok());
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  const auto out = o.read();
+  EXPECT_TRUE(std::ranges::all_of(out, [](double x) { return std::isfinite(x); }));
+}
+
 TEST_F(LightningHopper, SlopesReachFromNothingToEverything) {
   expect_forward_right({.H = 4, .slope = {80, 8, 1e-5, 0}});
   expect_backward_right({.H = 4, .slope = {80, 8, 1e-5, 0}});

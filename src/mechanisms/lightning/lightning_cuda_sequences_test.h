@@ -14,6 +14,7 @@ struct Case {
   std::vector<std::int64_t> cu_seqlens = {};  // then B = 1
   DType dtype = DType::kBFloat16;
   std::int64_t gap = 8;  // after each head's row
+  bool silu_q = false, silu_k = false, silu_v = false, row_squares = false;
 
   std::int64_t sequences() const {
     return cu_seqlens.empty() ? B : static_cast<std::int64_t>(cu_seqlens.size()) - 1;
@@ -30,7 +31,9 @@ struct Case {
 inline std::ostream& operator<<(std::ostream& out, const Case& c) {
   return out << info(c.dtype).name << " B " << c.B << " T " << c.T << " H " << c.H << " K " << c.K
              << " V " << c.V << (c.states ? " states" : "") << (c.exact ? " exact" : "")
-             << (c.workspace ? " workspace" : "") << (c.cu_seqlens.empty() ? "" : " packed");
+             << (c.workspace ? " workspace" : "") << (c.cu_seqlens.empty() ? "" : " packed")
+             << (c.silu_q ? " silu(q)" : "") << (c.silu_k ? " silu(k)" : "")
+             << (c.silu_v ? " silu(v)" : "") << (c.row_squares ? " row squares" : "");
 }
 
 inline std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
@@ -121,6 +124,25 @@ struct Tolerance {
   double outputs, states;
 };
 
+// What the products see of q, k or v.
+inline std::vector<double> turned(const Tokens& x, bool silu, DType dtype) {
+  std::vector<double> values = x.values();
+  if (silu)
+    for (double& value : values) value = rounded(dtype, value / (1 + std::exp(-value)));
+  return values;
+}
+
+// Sums of squares of the rows of o [B, T, H, V], as [B, H, T].
+inline std::vector<double> row_squares(const Case& c, std::span<const double> o) {
+  std::vector<double> sums(size(c.B * c.H * c.T), 0.0);
+  for (std::int64_t row = 0; row < c.B * c.T * c.H; ++row) {
+    const std::int64_t head = row % c.H, token = row / c.H % c.T, batch = row / c.H / c.T;
+    double& sum = sums[size((batch * c.H + head) * c.T + token)];
+    for (std::int64_t i = 0; i < c.V; ++i) sum += o[size(row * c.V + i)] * o[size(row * c.V + i)];
+  }
+  return sums;
+}
+
 // Against the reference, twice, and the same bits the second time.
 inline void expect_forward_right(const Case& c, Status (*forward)(const CudaForward&, void*),
                                  const Tolerance& tolerance) {
@@ -129,11 +151,14 @@ inline void expect_forward_right(const Case& c, Status (*forward)(const CudaForw
   const States in(c, 4), out(c, 0);
   const Packing packing(c);
   const Memory workspace(size(cuda_workspace_bytes(c.B, c.H, c.K, c.V)));
+  const Memory squares(c.row_squares ? size(c.B * c.H * c.T) * 4 : 0);
+  const auto turned_q = turned(q, c.silu_q, c.dtype), turned_k = turned(k, c.silu_k, c.dtype),
+             turned_v = turned(v, c.silu_v, c.dtype);
   const auto wanted =
       reference::chunked({.shape = c.shape(),
-                          .q_BTHK = q.values(),
-                          .k_BTHK = k.values(),
-                          .v_BTHV = v.values(),
+                          .q_BTHK = turned_q,
+                          .k_BTHK = turned_k,
+                          .v_BTHV = turned_v,
                           .slope_H = c.slope,
                           .scale = 0.3,
                           .state_NHKV = c.states ? in.values() : std::span<const double>()},
@@ -147,7 +172,9 @@ inline void expect_forward_right(const Case& c, Status (*forward)(const CudaForw
                    .scale = 0.3,
                    .exact = c.exact,
                    .workspace = c.workspace ? workspace.data() : nullptr,
-                   .packing = packing.view()};
+                   .packing = packing.view(),
+                   .fused = {c.silu_q, c.silu_k, c.silu_v,
+                             c.row_squares ? static_cast<float*>(squares.data()) : nullptr}};
   if (c.states) call.state_in_NHKV = in.view(), call.state_out_NHKV = out.view();
   const Status status = forward(call, nullptr);
   ASSERT_TRUE(status.ok()) << status.message();
@@ -156,6 +183,10 @@ inline void expect_forward_right(const Case& c, Status (*forward)(const CudaForw
   EXPECT_LT(relative_error(first, wanted->o_BTHV), tolerance.outputs);
   if (c.states) {
     EXPECT_LT(relative_error(out.read(), wanted->state_NHKV), tolerance.states);
+  }
+  if (c.row_squares) {
+    EXPECT_LT(relative_error(read_values(squares, DType::kFloat32), row_squares(c, wanted->o_BTHV)),
+              2 * tolerance.outputs);  // of squares
   }
   ASSERT_TRUE(forward(call, nullptr).ok());
   ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);

@@ -200,12 +200,28 @@ std::string_view path_taken(const Tensor& q, const Tensor& k, const Tensor& v, P
   return takes_cpu_kernel(q, k, v, path) ? "cpu" : "composite";
 }
 
+at::Tensor silu_where(bool wanted, const at::Tensor& x) { return wanted ? at::silu(x) : x; }
+
+at::Tensor row_squares(const at::Tensor& o) {
+  const auto dtype = o.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return o.to(dtype).square().sum(-1);
+}
+
 Attention decay_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                  const Decay& decay, at::IntArrayRef cu_seqlens,
-                                 const std::optional<Tensor>& state_in, Path path) {
+                                 const std::optional<Tensor>& state_in, Path path,
+                                 const Fusion& fusion) {
   throw_if_error(check_arguments(q, k, v, decay, cu_seqlens, state_in));
-  if (path == Path::kAuto && q.is_cuda() && q.size(1) > 0)
-    if (const auto result = try_cuda(q, k, v, decay, cu_seqlens, state_in)) return *result;
+  const bool on_gpu = path == Path::kAuto && q.is_cuda() && q.size(1) > 0;
+  if (on_gpu && (!fusion.any() || takes_engine(q, v, cu_seqlens)))
+    if (const auto result = try_cuda(q, k, v, decay, cu_seqlens, state_in, fusion)) return *result;
+  if (fusion.any()) {
+    Attention result = decay_linear_attention(
+        silu_where(fusion.silu_q, q), silu_where(fusion.silu_k, k), silu_where(fusion.silu_v, v),
+        decay, cu_seqlens, state_in, path, {.final_state = fusion.final_state});
+    if (fusion.row_squares) result.row_squares_BTH = row_squares(result.o_BTHV);
+    return result;
+  }
   if (takes_cpu_kernel(q, k, v, path) && q.size(1) > 0)
     return attention_by_cpu_kernel(q, k, v, decay, cu_seqlens, state_in);
   const std::int64_t N =

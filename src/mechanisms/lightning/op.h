@@ -21,9 +21,21 @@ enum class Path {
   kCpu,        // the CPU kernel: fp32 and bf16, dims up to 256; refused elsewhere
 };
 
+// What layers do around the operator. Hopper's engine does it on the way; elsewhere it is ATen
+// operations before and after, with the same meaning.
+struct Fusion {
+  bool silu_q = false, silu_k = false, silu_v = false;  // x / (1 + exp(-x)) in place of x
+  bool row_squares = false;                             // wanted
+  bool final_state = true;                              // wanted: false saves writing it
+  bool any() const { return silu_q || silu_k || silu_v || row_squares; }
+};
+
 struct Attention {
   at::Tensor o_BTHV;      // dtype of v
   at::Tensor state_NHKV;  // fp32, or fp64 for fp64 inputs; storage of its own
+  // Sums of o^2 over V, in the dtype of the state: what a norm over all heads needs. Not defined
+  // unless wanted.
+  at::Tensor row_squares_BTH = {};
 };
 
 // q, k [B, T, H, K], v [B, T, H, V]: one floating dtype and device, free strides. cu_seqlens (on
@@ -32,14 +44,19 @@ struct Attention {
 // update.
 //
 // Products accumulate in the state's dtype. Differentiable once in q, k, v and state; the backward
-// pass keeps q, k, v and the first state, the composite form one state a block. Throws
+// pass keeps q, k, v (with silu, as they are before it) and the first state, the composite form one
+// state a block. Throws
 // c10::ValueError before any work when the arguments do not fit. Thread safe. On CUDA it waits for
 // nothing; packed lines and the first use of a Decay copy small tables to the device.
 Attention decay_linear_attention(const at::Tensor& q_BTHK, const at::Tensor& k_BTHK,
                                  const at::Tensor& v_BTHV, const Decay& decay,
                                  at::IntArrayRef cu_seqlens = {},
                                  const std::optional<at::Tensor>& state_NHKV = std::nullopt,
-                                 Path path = Path::kAuto);
+                                 Path path = Path::kAuto, const Fusion& fusion = {});
+
+// By ATen operations: x or silu(x), and the row squares of o.
+at::Tensor silu_where(bool wanted, const at::Tensor& x);
+at::Tensor row_squares(const at::Tensor& o_BTHV);
 
 // The path that decay_linear_attention takes for several of these tokens: "cpu", "cuda" (Hopper's
 // chunk engine), "cuda sweep" (sm_80 and later) or "composite". One token without gradients takes a

@@ -70,6 +70,7 @@ void* data_of(const Tensor& workspace) {
 struct CudaJob {
   Decay decay;
   bool on_hopper = false;  // the chunk engine, else the sweep
+  Fusion fusion = {};
   std::vector<std::int64_t> cu_seqlens = {};
   Tensor offsets = {};  // of them, on the device
 
@@ -90,9 +91,9 @@ struct CudaJob {
   }
 };
 
-CudaJob make_job(const Decay& decay, bool on_hopper, at::IntArrayRef cu_seqlens,
-                 at::Device device) {
-  CudaJob job{decay, on_hopper, cu_seqlens.vec()};
+CudaJob make_job(const Decay& decay, bool on_hopper, const Fusion& fusion,
+                 at::IntArrayRef cu_seqlens, at::Device device) {
+  CudaJob job{decay, on_hopper, fusion, cu_seqlens.vec()};
   if (cu_seqlens.empty()) return job;
   const Tensor offsets =
       at::empty({2 * static_cast<std::int64_t>(cu_seqlens.size())}, at::TensorOptions(at::kInt));
@@ -120,7 +121,12 @@ Attention run_step(const Tensor& q, const Tensor& k, const Tensor& v, const Deca
 
 Attention run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const CudaJob& job,
                       const Tensor& state) {
-  const Attention out{at::empty(v.sizes(), v.options()), job.new_states(state, q, v)};
+  const Attention out{at::empty(v.sizes(), v.options()),
+                      job.fusion.final_state ? job.new_states(state, q, v) : Tensor(),
+                      job.fusion.row_squares ? at::empty({v.size(0), v.size(2), v.size(1)},
+                                                         v.options().dtype(at::kFloat))
+                                                   .transpose(1, 2)
+                                             : Tensor()};
   const Tensor workspace = workspace_for(q, v);
   CudaForward call;
   call.q_BTHK = input_view(q);
@@ -133,6 +139,8 @@ Attention run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const C
   call.scale = job.decay.scale();
   call.workspace = data_of(workspace);
   call.packing = job.packing();
+  call.fused = {job.fusion.silu_q, job.fusion.silu_k, job.fusion.silu_v,
+                job.fusion.row_squares ? out.row_squares_BTH.mutable_data_ptr<float>() : nullptr};
   throw_if_error(
       (job.on_hopper ? cuda_forward : cuda_sweep_forward)(call, current_stream(q.device())));
   return out;
@@ -160,38 +168,50 @@ Status check_rings(const Rings& rings) {
   return {};
 }
 
-// Keeps its inputs and nothing else.
+Tensor or_empty(const Tensor& x, const Tensor& like) {
+  return x.defined() ? x : at::empty({0}, like.options().dtype(at::kFloat));
+}
+Tensor or_undefined(const Tensor& x) { return x.numel() == 0 ? Tensor() : x; }
+
+// Keeps its inputs, with row squares its output too, and nothing else. silu is computed anew
+// backward: what it makes of q, k and v is never kept. Autograd wants tensors that are there: empty
+// ones stand for none.
 struct KernelForm : torch::autograd::Function<KernelForm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
                                const Tensor& v, const Tensor& known, const CudaJob& job) {
-    const Tensor state = known.numel() == 0 ? Tensor() : known;
-    ctx->save_for_backward({q, k, v, state});
+    const Tensor state = or_undefined(known);
     ctx->saved_data["job"] = hold(job);
     // Nobody looks at the final state in training: its gradient stays absent instead of zeros that
     // would be written and read (128 sequences of 32 heads: 0.5 GB).
     ctx->set_materialize_grads(false);
     const Attention out = run_forward(q, k, v, job, state);
-    return {out.o_BTHV, out.state_NHKV};
+    ctx->save_for_backward({q, k, v, state, job.fusion.row_squares ? out.o_BTHV : Tensor()});
+    return {out.o_BTHV, or_empty(out.state_NHKV, v), or_empty(out.row_squares_BTH, v)};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto job = held<CudaJob>(ctx->saved_data["job"]);
-    const Tensor &q = saved[0], &k = saved[1], &v = saved[2], &state = saved[3];
-    const c10::DeviceGuard guard(q.device());
-    const Tensor incoming = grads[0].defined() ? grads[0] : at::zeros(v.sizes(), v.options());
+    const c10::DeviceGuard guard(saved[0].device());
+    const Fusion& fusion = job.fusion;
+    const Tensor q = silu_where(fusion.silu_q, saved[0]), k = silu_where(fusion.silu_k, saved[1]),
+                 v = silu_where(fusion.silu_v, saved[2]), &state = saved[3];
+    const Tensor grad_states = fusion.final_state ? grads[1] : Tensor();
+    Tensor incoming = grads[0].defined() ? grads[0] : at::zeros(v.sizes(), v.options());
+    if (fusion.row_squares && grads[2].defined())
+      incoming = (incoming + 2 * grads[2].unsqueeze(-1) * saved[4]).to(v.scalar_type());
     const Tensor grad_o = job.on_hopper ? for_tiles(incoming) : with_plain_rows(incoming);
     const Tensor workspace = workspace_for(q, v);
     const Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty_like(grad_q),
                  grad_v = at::empty(v.sizes(), v.options()),
-                 grad_state = state.defined() ? job.new_states(grads[1], q, v) : Tensor();
+                 grad_state = state.defined() ? job.new_states(grad_states, q, v) : Tensor();
     CudaBackward call;
     call.q_BTHK = input_view(q);
     call.k_BTHK = input_view(k);
     call.v_BTHV = input_view(v);
     call.grad_o_BTHV = input_view(grad_o);
     call.state_in_NHKV = input_view(state);
-    call.grad_state_NHKV = input_view(grads[1]);
+    call.grad_state_NHKV = input_view(grad_states);
     call.grad_q_BTHK = output_view(grad_q);
     call.grad_k_BTHK = output_view(grad_k);
     call.grad_v_BTHV = output_view(grad_v);
@@ -202,7 +222,12 @@ struct KernelForm : torch::autograd::Function<KernelForm> {
     call.packing = job.packing();
     throw_if_error(
         (job.on_hopper ? cuda_backward : cuda_sweep_backward)(call, current_stream(q.device())));
-    return {grad_q, grad_k, grad_v, grad_state, Tensor()};
+    const auto before_silu = [](bool turned, const Tensor& grad, const Tensor& x) {
+      return turned ? at::silu_backward(grad, x) : grad;
+    };
+    return {before_silu(fusion.silu_q, grad_q, saved[0]),
+            before_silu(fusion.silu_k, grad_k, saved[1]),
+            before_silu(fusion.silu_v, grad_v, saved[2]), grad_state, Tensor()};
   }
 };
 
@@ -219,6 +244,12 @@ std::string why_not_engine(at::Device device, at::ScalarType dtype, std::int64_t
   return {};
 }
 
+bool takes_engine(const Tensor& q, const Tensor& v, at::IntArrayRef cu_seqlens) {
+  const bool is_step = cu_seqlens.empty() && q.size(1) == 1;
+  return !is_step && q.numel() > 0 && v.numel() > 0 &&
+         why_not_engine(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)).empty();
+}
+
 bool takes_cuda_sweep(at::Device device, at::ScalarType dtype, std::int64_t heads,
                       std::int64_t key_dim, std::int64_t value_dim) {
   return device.is_cuda() && runs_here(device) && dtype != at::kDouble && heads <= kCudaMaxHeads &&
@@ -227,7 +258,7 @@ bool takes_cuda_sweep(at::Device device, at::ScalarType dtype, std::int64_t head
 
 std::optional<Attention> try_cuda(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                   const Decay& decay, at::IntArrayRef cu_seqlens,
-                                  const std::optional<Tensor>& state_in) {
+                                  const std::optional<Tensor>& state_in, const Fusion& fusion) {
   if (!q_in.is_cuda() || q_in.numel() == 0 || v_in.numel() == 0 ||
       q_in.scalar_type() == at::kDouble)
     return std::nullopt;
@@ -253,16 +284,18 @@ std::optional<Attention> try_cuda(const Tensor& q_in, const Tensor& k_in, const 
   };
   const Tensor q = ready(q_in), k = ready(k_in), v = ready(v_in);
   const CudaJob job =
-      make_job(decay, on_hopper, length > 0 ? at::IntArrayRef() : cu_seqlens, q.device());
-  if (!differentiate) {
-    Attention out = run_forward(q, k, v, job, state);
-    out.o_BTHV = out.o_BTHV.view(v_in.sizes());
-    return out;
+      make_job(decay, on_hopper, fusion, length > 0 ? at::IntArrayRef() : cu_seqlens, q.device());
+  Attention out;
+  if (differentiate) {
+    const auto results = KernelForm::apply(q, k, v, or_empty(state, q), job);
+    out = {results[0], or_undefined(results[1]), or_undefined(results[2])};
+  } else {
+    out = run_forward(q, k, v, job, state);
   }
-  // Autograd wants a tensor that is there: an empty one stands for no state.
-  const Tensor known = state.defined() ? state : at::empty({0}, q.options().dtype(at::kFloat));
-  const auto results = KernelForm::apply(q, k, v, known, job);
-  return Attention{results[0].view(v_in.sizes()), results[1]};
+  out.o_BTHV = out.o_BTHV.view(v_in.sizes());
+  if (fusion.row_squares)
+    out.row_squares_BTH = out.row_squares_BTH.reshape({v_in.size(0), v_in.size(1), heads});
+  return out;
 }
 
 Tensor step_with_rings(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& decay,

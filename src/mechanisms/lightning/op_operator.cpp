@@ -25,7 +25,31 @@ struct Arguments {
   Tensor q, k, v;
   std::optional<Tensor> state;
   std::optional<Decay> decay;
+  Fusion fusion;
 };
+
+// params silu: the letters of the inputs that it turns, "qk"; row_squares: wanted.
+Result<Fusion> fusion_of(const nlohmann::json& params) {
+  Fusion fusion;
+  const auto silu = params.find("silu"), squares = params.find("row_squares");
+  if (silu != params.end()) {
+    if (!silu->is_string() ||
+        silu->get_ref<const std::string&>().find_first_not_of("qkv") != std::string::npos)
+      return invalid_argument("lightning: silu = ", silu->dump(),
+                              " is not allowed; some of the letters q, k, v are, as \"qk\"");
+    const auto has = [&](char input) {
+      return silu->get_ref<const std::string&>().find(input) != std::string::npos;
+    };
+    fusion.silu_q = has('q'), fusion.silu_k = has('k'), fusion.silu_v = has('v');
+  }
+  if (squares != params.end()) {
+    if (!squares->is_boolean())
+      return invalid_argument("lightning: row_squares = ", squares->dump(),
+                              " is not allowed; true or false is");
+    fusion.row_squares = squares->get<bool>();
+  }
+  return fusion;
+}
 
 Result<Arguments> arguments_of(const OpCall& call) {
   for (const auto& [name, t] : call.inputs)
@@ -45,8 +69,9 @@ Result<Arguments> arguments_of(const OpCall& call) {
   if (scale != call.params.end() && !scale->is_number())
     return invalid_argument("lightning: scale = ", scale->dump(),
                             " is not allowed; a finite number is needed");
-  Arguments a{call.inputs.at("q"), call.inputs.at("k"), call.inputs.at("v"), std::nullopt,
-              std::nullopt};
+  EVERLONG_ASSIGN(const Fusion fusion, fusion_of(call.params));
+  Arguments a{call.inputs.at("q"), call.inputs.at("k"), call.inputs.at("v"),
+              std::nullopt,        std::nullopt,        fusion};
   if (call.state.contains("S")) a.state = call.state.at("S");
   a.decay.emplace(to_doubles(slope), scale == call.params.end() ? 1.0 : scale->get<double>());
   EVERLONG_RETURN_IF_ERROR(check_arguments(a.q, a.k, a.v, *a.decay, call.cu_seqlens, a.state));
@@ -57,7 +82,10 @@ enum class ReferenceForm { kParallel, kChunked, kRecurrent };
 
 Result<OpResult> run_reference(ReferenceForm form, const OpCall& call, const Arguments& a) {
   EVERLONG_RETURN_IF_ERROR(require_reference_input(a.q, "lightning", "reference"));
-  const auto q = to_doubles(a.q), k = to_doubles(a.k), v = to_doubles(a.v);
+  const Fusion& fusion = a.fusion;
+  const auto q = to_doubles(silu_where(fusion.silu_q, a.q)),
+             k = to_doubles(silu_where(fusion.silu_k, a.k)),
+             v = to_doubles(silu_where(fusion.silu_v, a.v));
   const auto state = a.state.has_value() ? to_doubles(*a.state) : std::vector<double>();
   const reference::Input in{.shape = {.batch = a.q.size(0),
                                       .tokens = a.q.size(1),
@@ -82,9 +110,15 @@ Result<OpResult> run_reference(ReferenceForm form, const OpCall& call, const Arg
   OpResult result;
   result.out["o"] = from_doubles(out.o_BTHV, a.v.sizes());
   result.state["S"] = from_doubles(out.state_NHKV, states);
+  if (fusion.row_squares) result.out["row_squares"] = row_squares(result.out["o"]);
   if (call.grad_out.empty()) return result;
 
-  EVERLONG_ASSIGN(const auto grad_o, incoming_gradient(call, "o", a.v.sizes(), "lightning"));
+  EVERLONG_ASSIGN(auto grad_o, incoming_gradient(call, "o", a.v.sizes(), "lightning"));
+  const auto squares = call.grad_out.find("row_squares");
+  if (fusion.row_squares && squares != call.grad_out.end()) {
+    const Tensor own = 2 * squares->second.unsqueeze(-1) * result.out["o"];
+    grad_o = to_doubles(grad_o.empty() ? own : from_doubles(grad_o, a.v.sizes()) + own);
+  }
   EVERLONG_ASSIGN(const auto grad_state, incoming_gradient(call, "state.S", states, "lightning"));
   EVERLONG_ASSIGN(const auto grad,
                   form == ReferenceForm::kParallel
@@ -92,30 +126,43 @@ Result<OpResult> run_reference(ReferenceForm form, const OpCall& call, const Arg
                   : form == ReferenceForm::kChunked
                       ? reference::chunked_gradient(in, kReferenceChunk, grad_o, grad_state)
                       : reference::recurrent_gradient(in, grad_o, grad_state));
-  result.grad["q"] = from_doubles(grad.q_BTHK, a.q.sizes());
-  result.grad["k"] = from_doubles(grad.k_BTHK, a.k.sizes());
-  result.grad["v"] = from_doubles(grad.v_BTHV, a.v.sizes());
+  const auto before_silu = [](bool turned, const Tensor& after, const Tensor& x) {
+    return turned ? at::silu_backward(after, x) : after;
+  };
+  result.grad["q"] = before_silu(fusion.silu_q, from_doubles(grad.q_BTHK, a.q.sizes()), a.q);
+  result.grad["k"] = before_silu(fusion.silu_k, from_doubles(grad.k_BTHK, a.k.sizes()), a.k);
+  result.grad["v"] = before_silu(fusion.silu_v, from_doubles(grad.v_BTHV, a.v.sizes()), a.v);
   if (a.state.has_value()) result.grad["state.S"] = from_doubles(grad.state_NHKV, states);
   return result;
 }
 
 using TensorForm = Attention (*)(const Tensor&, const Tensor&, const Tensor&, const Decay&,
-                                 at::IntArrayRef, const std::optional<Tensor>&);
+                                 at::IntArrayRef, const std::optional<Tensor>&, const Fusion&);
 
 template <Path path>
 Attention by_path(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& decay,
-                  at::IntArrayRef cu_seqlens, const std::optional<Tensor>& state) {
-  return decay_linear_attention(q, k, v, decay, cu_seqlens, state, path);
+                  at::IntArrayRef cu_seqlens, const std::optional<Tensor>& state,
+                  const Fusion& fusion) {
+  return decay_linear_attention(q, k, v, decay, cu_seqlens, state, path, fusion);
+}
+Attention by_definition(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& decay,
+                        at::IntArrayRef cu_seqlens, const std::optional<Tensor>& state,
+                        const Fusion& fusion) {
+  Attention a = naive(silu_where(fusion.silu_q, q), silu_where(fusion.silu_k, k),
+                      silu_where(fusion.silu_v, v), decay, cu_seqlens, state);
+  if (fusion.row_squares) a.row_squares_BTH = row_squares(a.o_BTHV);
+  return a;
 }
 
-OpResult run_tensors(TensorForm form, OpCall call, const Decay& decay) {
+OpResult run_tensors(TensorForm form, OpCall call, const Decay& decay, const Fusion& fusion) {
   call.inputs.erase("slope");  // fixed: no gradient
   return run_by_autograd(call, [&](const TensorMap& inputs, const TensorMap& state) {
     const auto S = state.find("S");
     const Attention a = form(inputs.at("q"), inputs.at("k"), inputs.at("v"), decay, call.cu_seqlens,
-                             S == state.end() ? std::nullopt : std::optional(S->second));
+                             S == state.end() ? std::nullopt : std::optional(S->second), fusion);
     OpResult result;
     result.out["o"] = a.o_BTHV;
+    if (fusion.row_squares) result.out["row_squares"] = a.row_squares_BTH;
     result.state["S"] = a.state_NHKV;
     return result;
   });
@@ -141,13 +188,14 @@ class AttentionOperator final : public Operator {
     if (form == "reference") return run_reference(ReferenceForm::kParallel, call, a);
     if (form == "reference_chunked") return run_reference(ReferenceForm::kChunked, call, a);
     if (form == "reference_recurrent") return run_reference(ReferenceForm::kRecurrent, call, a);
-    if (form == "naive") return run_tensors(naive, call, *a.decay);
-    if (form == "composite") return run_tensors(by_path<Path::kComposite>, call, *a.decay);
+    if (form == "naive") return run_tensors(by_definition, call, *a.decay, a.fusion);
+    if (form == "composite")
+      return run_tensors(by_path<Path::kComposite>, call, *a.decay, a.fusion);
     if (form == "cpu") {
       EVERLONG_RETURN_IF_ERROR(check_cpu_kernel(a.q, a.k, a.v));
-      return run_tensors(by_path<Path::kCpu>, call, *a.decay);
+      return run_tensors(by_path<Path::kCpu>, call, *a.decay, a.fusion);
     }
-    if (form == "auto") return run_tensors(by_path<Path::kAuto>, call, *a.decay);
+    if (form == "auto") return run_tensors(by_path<Path::kAuto>, call, *a.decay, a.fusion);
     return invalid_argument(
         "lightning: \"", form, "\" is not a form of ", kind(),
         "; known: reference, reference_chunked, reference_recurrent, naive, composite, cpu, auto");
@@ -183,7 +231,9 @@ class AttentionOperator final : public Operator {
   std::vector<OpShape> law_shapes() const override {
     return {{.heads = 3, .key_dim = 12, .value_dim = 5, .params = {{"scale", 1.0}}},
             {.heads = 1, .key_dim = 8, .value_dim = 24, .params = {{"scale", 0.25}}},
-            {.heads = 4, .key_dim = 1, .value_dim = 1}};
+            {.heads = 4, .key_dim = 1, .value_dim = 1},
+            {.key_dim = 16, .value_dim = 8, .params = {{"silu", "qk"}, {"row_squares", true}}},
+            {.key_dim = 8, .value_dim = 16, .params = {{"silu", "v"}}}};
   }
 
   std::vector<std::pair<std::string, OpCall>> refusals() const override {
@@ -218,6 +268,8 @@ class AttentionOperator final : public Operator {
     add("no slopes", [](OpCall& c) { c.inputs.erase("slope"); });
     add("an unknown input", [](OpCall& c) { c.inputs["gate"] = at::zeros({1}, at::kDouble); });
     add("a scale that is no number", [](OpCall& c) { c.params["scale"] = "one"; });
+    add("silu of the output", [](OpCall& c) { c.params["silu"] = "qo"; });
+    add("a number of row squares", [](OpCall& c) { c.params["row_squares"] = 1; });
     packed("offsets that start late", {1, 6}, 1);
     packed("offsets that decrease", {0, 4, 2, 6}, 3);
     packed("offsets that end early", {0, 5}, 1);

@@ -48,6 +48,32 @@ std::tuple<Tensor, Tensor> shapes(const Tensor& q, const Tensor& k, const Tensor
           at::empty({sequences, q.size(2), q.size(3), v.size(3)}, v.options().dtype(accumulator))};
 }
 
+// Empty tensors stand for what is not wanted: a schema has no optional results.
+std::tuple<Tensor, Tensor, Tensor> fused(const Tensor& q, const Tensor& k, const Tensor& v,
+                                         at::ArrayRef<double> slope, double scale,
+                                         at::IntArrayRef cu_seqlens,
+                                         const std::optional<Tensor>& state, bool silu_q,
+                                         bool silu_k, bool silu_v, bool row_squares,
+                                         bool final_state) {
+  auto result =
+      decay_linear_attention(q, k, v, decay_of(slope, scale), cu_seqlens, state, Path::kAuto,
+                             {silu_q, silu_k, silu_v, row_squares, final_state});
+  const auto or_empty = [&](const Tensor& x) {
+    return x.defined() ? x : at::empty({0}, v.options().dtype(at::kFloat));
+  };
+  return {result.o_BTHV, or_empty(result.state_NHKV), or_empty(result.row_squares_BTH)};
+}
+std::tuple<Tensor, Tensor, Tensor> fused_shapes(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                at::ArrayRef<double> slope, double scale,
+                                                at::IntArrayRef cu_seqlens,
+                                                const std::optional<Tensor>& state, bool, bool,
+                                                bool, bool row_squares, bool final_state) {
+  const auto [o, all_states] = shapes(q, k, v, slope, scale, cu_seqlens, state);
+  const auto options = all_states.options();
+  return {o, final_state ? all_states : at::empty({0}, options),
+          row_squares ? at::empty(v.sizes().slice(0, 3), options) : at::empty({0}, options)};
+}
+
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, at::ArrayRef<double> slope,
             double scale, const Tensor& state, const Tensor& ring_k, const Tensor& ring_v,
             const Tensor& waiting, const std::optional<Tensor>& slot) {
@@ -75,6 +101,13 @@ void register_schemas() {
       "decay_linear_attention(Tensor q, Tensor k, Tensor v, float[] slope, float scale=1.0, "
       "int[] cu_seqlens=[], Tensor? state=None) -> (Tensor o, Tensor state_out)",
       compute, shapes);
+  // With what layers do around it: struct Fusion in op.h.
+  define_operator(
+      "decay_linear_attention_fused(Tensor q, Tensor k, Tensor v, float[] slope, float scale=1.0, "
+      "int[] cu_seqlens=[], Tensor? state=None, bool silu_q=False, bool silu_k=False, "
+      "bool silu_v=False, bool row_squares=False, bool final_state=True) "
+      "-> (Tensor o, Tensor state_out, Tensor row_squares)",
+      fused, fused_shapes);
   // States written behind, on a GPU; op_cuda.h.
   define_operator(
       "decay_linear_attention_step(Tensor q, Tensor k, Tensor v, float[] slope, float scale, "
