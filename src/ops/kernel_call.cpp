@@ -46,6 +46,13 @@ at::Tensor with_plain_rows(const at::Tensor& x) {
   return !x.defined() || x.size(-1) == 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
 
+at::Tensor with_aligned_rows(const at::Tensor& x) {
+  bool fits = x.stride(-1) == 1 && reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (std::int64_t dim = 0; dim + 1 < x.dim(); ++dim)
+    fits = fits && (x.size(dim) == 1 || (x.stride(dim) > 0 && x.stride(dim) % 8 == 0));
+  return fits ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
 Workspace::Workspace(std::int64_t bytes) : memory_(at::empty({bytes}, at::kByte)) {}
 std::span<std::byte> Workspace::bytes() const {
   return {static_cast<std::byte*>(memory_.mutable_data_ptr()), memory_.nbytes()};

@@ -25,6 +25,11 @@ TensorView output_view(const at::Tensor& x);
 // stays undefined.
 at::Tensor with_plain_rows(const at::Tensor& x);
 
+// The same values, of two bytes each, with contiguous rows (the last dimension) that begin on
+// borders of 16 bytes and follow each other forwards: what copy engines and wide loads can walk
+// through. Copied where they do not.
+at::Tensor with_aligned_rows(const at::Tensor& x);
+
 // Memory for one call of a kernel on the CPU, contents undefined.
 class Workspace {
  public:

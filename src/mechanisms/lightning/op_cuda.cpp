@@ -5,11 +5,8 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <array>
-#include <mutex>
-
-#include "kernels/cuda/device.h"
 #include "mechanisms/lightning/kernel_cuda.h"
+#include "ops/cuda_device.h"
 #include "ops/kernel_call.h"
 
 namespace everlong::lightning {
@@ -19,23 +16,9 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Compute capability, 10 times major plus minor; 0: no kernels for it here.
-int capability(at::Device device) {
-  static std::mutex mutex;
-  static std::array<int, 64> known{};  // 0: not asked yet; -1: none
-  const auto index = static_cast<std::size_t>(device.index() < 0 ? 0 : device.index());
-  if (index >= known.size()) return 0;
-  const std::lock_guard lock(mutex);
-  if (known[index] == 0) {
-    const auto info = cuda::device_info(static_cast<int>(index));
-    known[index] = info.ok() ? info->major * 10 + info->minor : -1;
-  }
-  return std::max(known[index], 0);
-}
-
 // The machine code of this build: sm_80, which serves all of its generation, and sm_90.
 bool runs_here(at::Device device) {
-  const int sm = capability(device);
+  const int sm = compute_capability(device);
   return sm / 10 == 8 || sm == 90;
 }
 
@@ -49,13 +32,6 @@ std::int64_t equal_length(at::IntArrayRef cu_seqlens) {
   for (std::size_t i = 2; i < cu_seqlens.size(); ++i)
     if (cu_seqlens[i] - cu_seqlens[i - 1] != cu_seqlens[1]) return 0;
   return cu_seqlens[1];
-}
-// What the copy engine can walk through: a copy where it cannot.
-Tensor for_tiles(const Tensor& x) {
-  bool fits = x.stride(3) == 1 && reinterpret_cast<std::uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (const std::int64_t dim : {0, 1, 2})
-    fits = fits && (x.size(dim) == 1 || (x.stride(dim) > 0 && x.stride(dim) % 8 == 0));
-  return fits ? x : x.clone(at::MemoryFormat::Contiguous);
 }
 
 Tensor workspace_for(const Tensor& q, const Tensor& v) {
@@ -95,11 +71,12 @@ CudaJob make_job(const Decay& decay, bool on_hopper, const Fusion& fusion,
                  at::IntArrayRef cu_seqlens, at::Device device) {
   CudaJob job{decay, on_hopper, fusion, cu_seqlens.vec()};
   if (cu_seqlens.empty()) return job;
-  const Tensor offsets =
-      at::empty({2 * static_cast<std::int64_t>(cu_seqlens.size())}, at::TensorOptions(at::kInt));
+  // Pinned, so that the host does not wait for the copy.
+  const Tensor offsets = at::empty({2 * static_cast<std::int64_t>(cu_seqlens.size())},
+                                   at::TensorOptions(at::kInt).pinned_memory(true));
   cuda_offsets(job.cu_seqlens, {offsets.mutable_data_ptr<std::int32_t>(),
                                 static_cast<std::size_t>(offsets.numel())});
-  job.offsets = offsets.to(device);
+  job.offsets = offsets.to(device, /*non_blocking=*/true);
   return job;
 }
 
@@ -200,7 +177,7 @@ struct KernelForm : torch::autograd::Function<KernelForm> {
     Tensor incoming = grads[0].defined() ? grads[0] : at::zeros(v.sizes(), v.options());
     if (fusion.row_squares && grads[2].defined())
       incoming = (incoming + 2 * grads[2].unsqueeze(-1) * saved[4]).to(v.scalar_type());
-    const Tensor grad_o = job.on_hopper ? for_tiles(incoming) : with_plain_rows(incoming);
+    const Tensor grad_o = job.on_hopper ? with_aligned_rows(incoming) : with_plain_rows(incoming);
     const Tensor workspace = workspace_for(q, v);
     const Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty_like(grad_q),
                  grad_v = at::empty(v.sizes(), v.options()),
@@ -237,7 +214,8 @@ std::string why_not_engine(at::Device device, at::ScalarType dtype, std::int64_t
                            std::int64_t key_dim, std::int64_t value_dim) {
   const auto fits = [](std::int64_t dim) { return dim >= 8 && dim <= 128 && dim % 8 == 0; };
   if (!device.is_cuda()) return "not on a GPU";
-  if (capability(device) != 90) return "the GPU is not Hopper (sm_90), or this build has no CUDA";
+  if (compute_capability(device) != 90)
+    return "the GPU is not Hopper (sm_90), or this build has no CUDA";
   if (dtype != at::kBFloat16) return "it takes bf16 only";
   if (!fits(key_dim) || !fits(value_dim)) return "head dims must be multiples of 8 up to 128";
   if (heads > kCudaMaxHeads) return cat("more than ", kCudaMaxHeads, " heads");
@@ -280,7 +258,7 @@ std::optional<Attention> try_cuda(const Tensor& q_in, const Tensor& k_in, const 
   const std::int64_t length = equal_length(cu_seqlens);
   const auto ready = [&](const Tensor& x) {
     const Tensor rows = length > 0 ? x.view({-1, length, x.size(2), x.size(3)}) : x;
-    return on_hopper ? for_tiles(rows) : with_plain_rows(rows);
+    return on_hopper ? with_aligned_rows(rows) : with_plain_rows(rows);
   };
   const Tensor q = ready(q_in), k = ready(k_in), v = ready(v_in);
   const CudaJob job =
