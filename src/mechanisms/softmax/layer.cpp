@@ -7,6 +7,7 @@
 #include "core/settings.h"
 #include "layers/layer_call.h"
 #include "mechanisms/softmax/layer_cache.h"
+#include "mechanisms/softmax/op_cuda.h"
 #include "mechanisms/softmax/params.h"
 
 namespace everlong::softmax {
@@ -68,6 +69,12 @@ std::unique_ptr<State> Attention::make_state(std::int64_t sequences) const {
 }
 
 std::string Attention::path(at::Device device) const {
+  if (device.is_cuda()) {
+    const std::string why = why_not_flash(device, q_proj_->weight().scalar_type(),
+                                          settings_.head_dim, settings_.head_dim);
+    return why.empty() ? "FlashAttention 2 (ATen)"
+                       : cat("composite (ATen); not FlashAttention: ", why);
+  }
   if (!device.is_cpu()) return "composite (ATen)";
   const auto options = q_proj_->weight().options().requires_grad(false).device(device);
   const at::Tensor probe = at::empty({1, 0, 1, settings_.head_dim}, options);

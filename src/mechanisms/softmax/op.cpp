@@ -8,6 +8,7 @@
 #include "core/offsets.h"
 #include "mechanisms/softmax/op_blocks.h"
 #include "mechanisms/softmax/op_cpu.h"
+#include "mechanisms/softmax/op_cuda.h"
 #include "mechanisms/softmax/params.h"
 #include "ops/causal_attention.h"
 
@@ -127,12 +128,14 @@ double checked_scale(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   return params.scale;
 }
 
-bool takes_cpu_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                      const Options& options) {
-  if (options.path == Path::kComposite) return false;
-  const Status status = check_cpu_kernel(q, k, v);
-  if (options.path == Path::kCpu) throw_if_error(status);
-  return status.ok();
+// What runs a call: kCuda, kCpu or kComposite. Throws where the path that was asked for cannot.
+Path chosen_path(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                 std::span<const std::int64_t> offsets, const Options& options) {
+  if (options.path == Path::kComposite) return Path::kComposite;
+  const bool cuda = options.path == Path::kAuto ? q.is_cuda() : options.path == Path::kCuda;
+  const Status status = cuda ? check_flash(q, k, v, offsets) : check_cpu_kernel(q, k, v);
+  if (options.path != Path::kAuto) throw_if_error(status);
+  return !status.ok() ? Path::kComposite : cuda ? Path::kCuda : Path::kCpu;
 }
 
 at::Tensor composite(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::Tensor& v_BSGV,
@@ -152,13 +155,16 @@ at::Tensor composite(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const a
 
 std::string_view path_taken(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const Options& options) {
-  return takes_cpu_kernel(q, k, v, options) ? "cpu" : "composite";
+  const Path path = chosen_path(q, k, v, {}, options);
+  return path == Path::kCuda ? "cuda flash" : path == Path::kCpu ? "cpu" : "composite";
 }
 
 at::Tensor attention(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::Tensor& v_BSGV,
                      const Options& options) {
   const double scale = checked_scale(q_BTHK, k_BSGK, v_BSGV, options);
-  return takes_cpu_kernel(q_BTHK, k_BSGK, v_BSGV, options)
+  const Path path = chosen_path(q_BTHK, k_BSGK, v_BSGV, {}, options);
+  return path == Path::kCuda ? attention_by_flash(q_BTHK, k_BSGK, v_BSGV, {}, options.window, scale)
+         : path == Path::kCpu
              ? attention_by_cpu_kernel(q_BTHK, k_BSGK, v_BSGV, {}, options.window, scale)
              : composite(q_BTHK, k_BSGK, v_BSGV, options.window, scale);
 }
@@ -170,7 +176,10 @@ at::Tensor attention_packed(const at::Tensor& q_1THK, const at::Tensor& k_1TGK,
   throw_if_error(check_offsets(offsets, q_1THK.size(0), q_1THK.size(1)).at("softmax"));
   TORCH_CHECK_VALUE(!offsets.empty() && k_1TGK.size(1) == q_1THK.size(1),
                     "softmax: packed sequences need offsets and a key for each token");
-  if (takes_cpu_kernel(q_1THK, k_1TGK, v_1TGV, options))
+  const Path path = chosen_path(q_1THK, k_1TGK, v_1TGV, offsets, options);
+  if (path == Path::kCuda)
+    return attention_by_flash(q_1THK, k_1TGK, v_1TGV, offsets, options.window, scale);
+  if (path == Path::kCpu)
     return attention_by_cpu_kernel(q_1THK, k_1TGK, v_1TGV, offsets, options.window, scale);
   std::vector<at::Tensor> parts;
   for (std::size_t n = 0; n + 1 < offsets.size(); ++n) {

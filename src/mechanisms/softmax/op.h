@@ -1,5 +1,5 @@
-// Causal attention on tensors: the plain form, the composite one, and the CPU kernel's. Legend:
-// params.h.
+// Causal attention on tensors: the plain form, the composite one, the CPU kernel's, and the
+// library's on CUDA. Legend: params.h.
 //
 // Bottom-right aligned: with S >= T keys, token t sits at key S - T + t, so a cache of past keys in
 // front of the new ones is all that streaming needs. S < T is legal; a token that sees no key gives
@@ -16,18 +16,19 @@
 namespace everlong::softmax {
 
 enum class Path {
-  kAuto,       // the CPU kernel where it can run, otherwise the composite form
+  kAuto,       // kCpu or kCuda where it can run, otherwise the composite form
   kComposite,  // ATen operations: any device and floating dtype
   kCpu,        // the CPU kernel: fp32 and bf16, dims up to 256; refused elsewhere
+  kCuda,       // ATen's FlashAttention 2: bf16 and fp16 (op_cuda.h says which); refused elsewhere
 };
 
 struct Options {
   std::int64_t window = 0;  // a token sees itself and the window - 1 before it; 0: all before it
-  std::optional<double> scale;  // default 1 / sqrt(K)
+  std::optional<double> scale = {};  // default 1 / sqrt(K)
   Path path = Path::kAuto;
 };
 
-// The path that attention takes for these tensors: "cpu" or "composite".
+// The path that attention takes for these tensors: "cpu", "cuda flash" or "composite".
 std::string_view path_taken(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK,
                             const at::Tensor& v_BSGV, const Options& options);
 
@@ -54,7 +55,7 @@ at::Tensor naive(const at::Tensor& q_BTHK, const at::Tensor& k_BSGK, const at::T
 // int64 [N]: sequence n owns rows [0, length[n]); what lies behind them is never read (the final
 // state has zeros there). With a window the final state keeps the last window - 1 rows.
 // Forms: reference, reference_recurrent, reference_online (float64, by hand), naive, composite, cpu
-// (fp32 and bf16).
+// (fp32 and bf16), auto (what layers run on a GPU).
 const Operator& attention_operator();
 
 // everlong::causal_attention in torch's dispatcher. Once a process: registry.cpp.

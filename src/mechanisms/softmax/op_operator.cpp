@@ -17,14 +17,10 @@ std::vector<double> online_in_small_blocks(const reference::Problem& problem) {
   return reference::online(problem, kOnlineBlock);
 }
 
-at::Tensor by_composite(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                        const Options& options) {
-  return attention(q, k, v, {options.window, options.scale, Path::kComposite});
-}
-
-at::Tensor by_cpu_kernel(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                         const Options& options) {
-  return attention(q, k, v, {options.window, options.scale, Path::kCpu});
+template <Path path>
+at::Tensor by_path(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                   const Options& options) {
+  return attention(q, k, v, {options.window, options.scale, path});
 }
 
 class CausalAttention final : public Operator {
@@ -37,7 +33,9 @@ class CausalAttention final : public Operator {
             {.name = "reference_online"},
             {.name = "naive", .cuda = true, .low_precision = true},
             {.name = "composite", .cuda = true, .low_precision = true},
-            {.name = "cpu", .low_precision = true, .float64 = false}};
+            {.name = "cpu", .low_precision = true, .float64 = false},
+            // what layers run on a GPU: the library's kernels where they fit
+            {.name = "auto", .cpu = false, .cuda = true, .low_precision = true}};
   }
 
   Result<OpResult> run(std::string_view form, const OpCall& call) const override {
@@ -50,13 +48,14 @@ class CausalAttention final : public Operator {
       if (form == "reference_online") return run_reference(online_in_small_blocks, call, params);
     }
     const Attend attend = form == "naive"       ? naive
-                          : form == "composite" ? by_composite
-                          : form == "cpu"       ? by_cpu_kernel
+                          : form == "composite" ? by_path<Path::kComposite>
+                          : form == "cpu"       ? by_path<Path::kCpu>
+                          : form == "auto"      ? by_path<Path::kAuto>
                                                 : nullptr;
     if (attend == nullptr)
       return invalid_argument(
           "softmax: \"", form,
-          "\" is not a form; known: composite, cpu, naive, reference, reference_online, "
+          "\" is not a form; known: auto, composite, cpu, naive, reference, reference_online, "
           "reference_recurrent");
     if (form == "cpu")
       EVERLONG_RETURN_IF_ERROR(check_cpu_kernel(q, call.inputs.at("k"), call.inputs.at("v")));
