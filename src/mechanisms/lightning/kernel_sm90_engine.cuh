@@ -72,11 +72,14 @@ struct Forward {
         const int length = p.first_chunk == nullptr ? kChunk : length_of<false>(s, chunk);
         const bool turns_q = p.silu_q && chunk >= s.first;
         barrier_wait(&shared.barriers.loaded[ring.stage], ring.parity);
-        if (p.silu_k) {
-          silu_of_bytes(stage, turns_q ? 0 : kKeyTile, p.silu_v ? kStage : 2 * kKeyTile);
-        } else {
-          silu_of_bytes(stage, 0, turns_q ? kKeyTile : 0);
-          silu_of_bytes(stage, p.silu_v ? 2 * kKeyTile : kStage, kStage);
+        // What is wanted lies side by side, but for q and v without k.
+        int begin = turns_q ? 0 : p.silu_k ? kKeyTile : 2 * kKeyTile;
+        const int end = p.silu_v ? kStage : p.silu_k ? 2 * kKeyTile : turns_q ? kKeyTile : 0;
+#pragma unroll 1
+        while (begin < end) {
+          const bool skips_k = turns_q && p.silu_v && !p.silu_k && begin == 0;
+          silu_of_bytes(stage, begin, skips_k ? kKeyTile : end);
+          begin = skips_k ? 2 * kKeyTile : end;
         }
         if (length < kChunk) clear_behind<Panel, kStage>(stage, length);
         shared_writes_fence();
@@ -196,10 +199,10 @@ struct Forward {
       if (!kFused && threadIdx.x / 32 == 1)
         clear_tails<false, Panel>(p, shared.stage, shared.barriers);
     } else if (role == 1) {
-      registers_up<kStateGroups == 1 ? (kFused ? 208 : 240) : kFused ? 152 : 184>();
+      registers_up<kStateGroups == 1 ? (kFused ? 208 : 240) : kFused ? 168 : 184>();
       make_output(maps, o, p, shared);
     } else if (kFused && role == 2 + kStateGroups) {
-      registers_down<kStateGroups == 1 ? 72 : 64>();
+      registers_down<kStateGroups == 1 ? 72 : 48>();
       turn_inputs(p, shared);
     } else {
       registers_up<kStateGroups == 1 ? (kFused ? 208 : 240) : kFused ? 120 : 152>();

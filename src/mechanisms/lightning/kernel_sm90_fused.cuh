@@ -23,31 +23,25 @@ __device__ __forceinline__ uint4 silu(const uint4& x) {
   return {silu(x.x), silu(x.y), silu(x.z), silu(x.w)};
 }
 
-// The next kAtOnce pieces of 16 bytes a thread, as long as there are so many before `end`.
-template <int kAtOnce>
-__device__ __forceinline__ void silu_of_pieces(unsigned char* stage, int& byte, int end) {
-  constexpr int kStep = 16 * kWarpgroup;
-  const auto at = [&](int i) { return reinterpret_cast<uint4*>(stage + byte + i * kStep); };
+// silu of the bytes [begin, end) of a stage. By one warpgroup; each thread takes the same bytes as
+// in clear_behind(). One warp a scheduler waits for all that it computes, so four pieces go
+// together; more warps, and more or fewer pieces, are not faster (docs/benchmarks.md).
+__device__ __forceinline__ void silu_of_bytes(unsigned char* stage, int begin, int end) {
+  constexpr int kAtOnce = 4, kStep = 16 * kWarpgroup;
+  const auto at = [&](int byte) { return reinterpret_cast<uint4*>(stage + byte); };
+  int byte = begin + static_cast<int>(threadIdx.x) % kWarpgroup * 16;
 #pragma unroll 1
   for (; byte + (kAtOnce - 1) * kStep < end; byte += kAtOnce * kStep) {
     uint4 x[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) x[i] = *at(i);
+    for (int i = 0; i < kAtOnce; ++i) x[i] = *at(byte + i * kStep);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) x[i] = silu(x[i]);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) *at(i) = x[i];
+    for (int i = 0; i < kAtOnce; ++i) *at(byte + i * kStep) = x[i];
   }
-}
-
-// silu of the bytes [begin, end) of a stage. By one warpgroup; each thread takes the same bytes as
-// in clear_behind(). One warp a scheduler waits for all it computes, so many pieces go together; a
-// second one would only slow the products down (docs/benchmarks.md).
-__device__ __forceinline__ void silu_of_bytes(unsigned char* stage, int begin, int end) {
-  int byte = begin + static_cast<int>(threadIdx.x) % kWarpgroup * 16;
-  silu_of_pieces<8>(stage, byte, end);
-  silu_of_pieces<4>(stage, byte, end);
-  silu_of_pieces<1>(stage, byte, end);
+#pragma unroll 1
+  for (; byte < end; byte += kStep) *at(byte) = silu(*at(byte));
 }
 
 // Rows of a stage of panels behind `length` become zero.
