@@ -16,7 +16,7 @@ then each competitor runs once a round, in turn, between events, with the level 
 medians, their spread, the ratio, and the fraction of the copy bandwidth measured in the same run that the least
 traffic (every input read once, every output written once) makes. Exit code 1 when a case is wrong.
 
-  forward  with the final state         train   forward and backward, without: nobody needs it there
+  forward  with the final state (--no-state: without)     train   forward and backward, without: nobody needs it there
   fused    ours beside ours with silu of q, k and v and the row squares of o made on the way
   step     one token; ours also with states written behind (rings of 16 tokens, sessions at every filling)
   packed   sequences of random length 1 to 4,096 beside rows of 4,096 of as many tokens
@@ -100,14 +100,14 @@ def inputs_of(torch, shape):
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
 
-def runs_of(torch, task, forms, q, k, v, slopes, scale):
+def runs_of(torch, task, forms, q, k, v, slopes, scale, final_state):
     """({name: what to time}, least bytes that have to move)"""
     batch, tokens, heads, dim = q.shape
     elements, state_bytes = q.numel(), 4 * batch * heads * dim**2
     if task == "forward":
-        runs = {n: (lambda f=f: f(q, k, v, slopes, scale)) for n, f in forms.items()
+        runs = {n: (lambda f=f: f(q, k, v, slopes, scale, final_state=final_state)) for n, f in forms.items()
                 if not isinstance(f, Authors) or f.takes(q)}
-        return runs, 8 * elements + state_bytes
+        return runs, 8 * elements + final_state * state_bytes
     if task == "fused":
         ours, riders = forms["everlong"], {"silu_q": True, "silu_k": True, "silu_v": True, "row_squares": True}
         return {"everlong": lambda: ours(q, k, v, slopes, scale),
@@ -180,6 +180,7 @@ def main():
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--head-dim", type=int, default=DIM)
     parser.add_argument("--factors", default="1", help="layer factors on the ALiBi slopes")
+    parser.add_argument("--no-state", action="store_true", help="forward without the final state")
     parser.add_argument("--seconds", type=float, default=1.0, help="a case")
     parser.add_argument("--json", help="file of one JSON object a line")
     args = parser.parse_args()
@@ -219,7 +220,7 @@ def main():
             (int(s.split("x")[0]), parse_count(s.split("x")[1])) for s in args.shapes.split(",")]
         for batch, tokens in cases:
             q, k, v = inputs_of(torch, (batch, tokens, args.heads, args.head_dim))
-            runs, floor = runs_of(torch, task, forms, q, k, v, slopes, scale)
+            runs, floor = runs_of(torch, task, forms, q, k, v, slopes, scale, not args.no_state)
             with torch.set_grad_enabled(task == "train"):
                 far = gate_far(torch, forms["everlong"], q, k, v, slopes, scale) \
                     if task == "forward" and batch == 1 and tokens > 2**19 else None

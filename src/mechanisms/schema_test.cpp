@@ -48,6 +48,25 @@ TEST(Schema, LightningOnMetaKnowsItsShapes) {
   EXPECT_TRUE(results[1].toTensor().is_meta());
 }
 
+TEST(Schema, WhatRidesAlongWithLightningIsEmptyWhereNotWanted) {
+  const Inputs in;
+  for (const char* device : {"cpu", "meta"})
+    for (const bool wanted : {true, false}) {
+      auto arguments = lightning_arguments(in, device);
+      for (const bool flag : {wanted, wanted, false, wanted, wanted}) arguments.emplace_back(flag);
+      const auto results = call("everlong::decay_linear_attention_fused", arguments);
+      EXPECT_EQ(results.at(0).toTensor().sizes(), at::IntArrayRef({2, 9, 4, 6}));
+      const at::Tensor state = results.at(1).toTensor(), squares = results.at(2).toTensor();
+      EXPECT_EQ(state.sizes(), wanted ? at::IntArrayRef({2, 4, 8, 6}) : at::IntArrayRef({0}));
+      EXPECT_EQ(squares.sizes(), wanted ? at::IntArrayRef({2, 9, 4}) : at::IntArrayRef({0}));
+      if (!wanted || squares.is_meta()) continue;
+      const auto expected = lightning::decay_linear_attention(at::silu(in.q), at::silu(in.k), in.v,
+                                                              {{0.5, 0.25, 0.1, 0}, 0.5});
+      EXPECT_TRUE(at::equal(state, expected.state_NHKV));
+      EXPECT_TRUE(at::allclose(squares, expected.o_BTHV.square().sum(-1)));
+    }
+}
+
 TEST(Schema, SoftmaxByNameEqualsTheFunctionAndKnowsItsShapes) {
   const Inputs in;
   for (const char* device : {"cpu", "meta"}) {
@@ -57,8 +76,9 @@ TEST(Schema, SoftmaxByNameEqualsTheFunctionAndKnowsItsShapes) {
               std::int64_t{3}, c10::IValue(), std::vector<std::int64_t>{}});
     const auto o = results.at(0).toTensor();
     EXPECT_EQ(o.sizes(), at::IntArrayRef({2, 9, 4, 6}));
-    if (!o.is_meta())
+    if (!o.is_meta()) {
       EXPECT_TRUE(at::equal(o, softmax::attention(in.q, in.k, in.v, {.window = 3})));
+    }
   }
 }
 

@@ -157,6 +157,24 @@ TEST_F(Lightning, SlowestPublishedDecaySurvivesSingleSteps) {
   EXPECT_LE(relative_error(state, expected), 5e-5);
 }
 
+// On the CPU the fusion is ATen operations around the kernel: the same bits, and nothing that is
+// not wanted.
+TEST_F(Lightning, AFusionIsTheOperationsAroundIt) {
+  const at::Tensor q = at::randn({2, 40, 3, 8}), k = at::randn({2, 40, 3, 8}),
+                   v = at::randn({2, 40, 3, 16});
+  const Decay decay({0.5, 0.1, 0}, 0.7);
+  const Attention got =
+      decay_linear_attention(q, k, v, decay, {}, std::nullopt, Path::kAuto,
+                             {.silu_q = true, .silu_v = true, .row_squares = true});
+  const Attention wanted = decay_linear_attention(at::silu(q), k, at::silu(v), decay);
+  EXPECT_TRUE(at::equal(got.o_BTHV, wanted.o_BTHV));
+  EXPECT_TRUE(at::equal(got.state_NHKV, wanted.state_NHKV));
+  EXPECT_TRUE(at::allclose(got.row_squares_BTH, wanted.o_BTHV.square().sum(-1)));
+  const Attention bare =
+      decay_linear_attention(q, k, v, decay, {}, std::nullopt, Path::kAuto, {.final_state = false});
+  EXPECT_FALSE(bare.state_NHKV.defined() || bare.row_squares_BTH.defined());
+}
+
 TEST_F(Lightning, GradientFlowsThroughTheStateAlone) {
   OpCall call = random_call({.batch = 2, .tokens = 70});
   call.grad_out.erase("o");

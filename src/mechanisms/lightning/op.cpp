@@ -188,37 +188,16 @@ bool takes_cpu_kernel(const Tensor& q, const Tensor& k, const Tensor& v, Path pa
   return status.ok();
 }
 
-}  // namespace
-
-std::string_view path_taken(const Tensor& q, const Tensor& k, const Tensor& v, Path path) {
-  if (path == Path::kAuto && q.is_cuda()) {
-    if (why_not_engine(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)).empty())
-      return "cuda";
-    if (takes_cuda_sweep(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)))
-      return "cuda sweep";
-  }
-  return takes_cpu_kernel(q, k, v, path) ? "cpu" : "composite";
-}
-
-at::Tensor silu_where(bool wanted, const at::Tensor& x) { return wanted ? at::silu(x) : x; }
-
-at::Tensor row_squares(const at::Tensor& o) {
-  const auto dtype = o.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return o.to(dtype).square().sum(-1);
-}
-
-Attention decay_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                 const Decay& decay, at::IntArrayRef cu_seqlens,
-                                 const std::optional<Tensor>& state_in, Path path,
-                                 const Fusion& fusion) {
-  throw_if_error(check_arguments(q, k, v, decay, cu_seqlens, state_in));
+Attention run(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& decay,
+              at::IntArrayRef cu_seqlens, const std::optional<Tensor>& state_in, Path path,
+              const Fusion& fusion) {
   const bool on_gpu = path == Path::kAuto && q.is_cuda() && q.size(1) > 0;
   if (on_gpu && (!fusion.any() || takes_engine(q, v, cu_seqlens)))
     if (const auto result = try_cuda(q, k, v, decay, cu_seqlens, state_in, fusion)) return *result;
   if (fusion.any()) {
-    Attention result = decay_linear_attention(
-        silu_where(fusion.silu_q, q), silu_where(fusion.silu_k, k), silu_where(fusion.silu_v, v),
-        decay, cu_seqlens, state_in, path, {.final_state = fusion.final_state});
+    Attention result = run(silu_where(fusion.silu_q, q), silu_where(fusion.silu_k, k),
+                           silu_where(fusion.silu_v, v), decay, cu_seqlens, state_in, path,
+                           {.final_state = fusion.final_state});
     if (fusion.row_squares) result.row_squares_BTH = row_squares(result.o_BTHV);
     return result;
   }
@@ -240,6 +219,35 @@ Attention decay_linear_attention(const Tensor& q, const Tensor& k, const Tensor&
   Attention result = rows_or_packed(ready(q), ready(k), ready(v), decay,
                                     length.has_value() ? at::IntArrayRef() : cu_seqlens, state);
   result.o_BTHV = result.o_BTHV.reshape(v.sizes());
+  return result;
+}
+
+}  // namespace
+
+std::string_view path_taken(const Tensor& q, const Tensor& k, const Tensor& v, Path path) {
+  if (path == Path::kAuto && q.is_cuda()) {
+    if (why_not_engine(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)).empty())
+      return "cuda";
+    if (takes_cuda_sweep(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)))
+      return "cuda sweep";
+  }
+  return takes_cpu_kernel(q, k, v, path) ? "cpu" : "composite";
+}
+
+at::Tensor silu_where(bool wanted, const at::Tensor& x) { return wanted ? at::silu(x) : x; }
+
+at::Tensor row_squares(const at::Tensor& o) {
+  const auto dtype = o.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return o.to(dtype).square().sum(-1);
+}
+
+Attention decay_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Decay& decay, at::IntArrayRef cu_seqlens,
+                                 const std::optional<Tensor>& state, Path path,
+                                 const Fusion& fusion) {
+  throw_if_error(check_arguments(q, k, v, decay, cu_seqlens, state));
+  Attention result = run(q, k, v, decay, cu_seqlens, state, path, fusion);
+  if (!fusion.final_state) result.state_NHKV.reset();
   return result;
 }
 

@@ -26,7 +26,7 @@ enum class Path {
 struct Fusion {
   bool silu_q = false, silu_k = false, silu_v = false;  // x / (1 + exp(-x)) in place of x
   bool row_squares = false;                             // wanted
-  bool final_state = true;                              // wanted: false saves writing it
+  bool final_state = true;  // wanted; not defined otherwise, which may save writing it
   bool any() const { return silu_q || silu_k || silu_v || row_squares; }
 };
 
