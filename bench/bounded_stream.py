@@ -11,6 +11,8 @@ formula says, or above its bound. --mechanism: infini, lightning, longnet or meg
 """
 import argparse, base64, json, pathlib, random, subprocess, sys
 
+from counts import count_by_1000
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAYERS, HEADS, DIM, WIDTH = 2, 2, 16, 32
 PATTERNS = [(256, 1), (512, 2), (1024, 4), (2048, 8), (4096, 16)]
@@ -41,15 +43,11 @@ def formula(mechanism, tokens):
     return LAYERS * (16 * GROUPS + 8 * WIDTH * MODES + CHUNK * (DIM + 2 * WIDTH) * 4 + 8) + 16 * GROUPS + 8
 
 
-def count(text):
-    return int(float(text[:-1]) * {"K": 10**3, "M": 10**6}[text[-1]]) if text[-1] in "KM" else int(text)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mechanism", choices=sorted(SETTINGS), default="longnet")
-    parser.add_argument("--tokens", type=count, default=10**6, help="of text; K and M are thousands and millions")
-    parser.add_argument("--feed", type=count, default=2048, help="tokens fed at a time")
+    parser.add_argument("--tokens", type=count_by_1000, default=10**6, help="of text; K and M are thousands and millions")
+    parser.add_argument("--feed", type=count_by_1000, default=2048, help="tokens fed at a time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs/bounded_stream")
     parser.add_argument("--everlong", default=str(ROOT / "build/release/bin/everlong"))

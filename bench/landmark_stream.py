@@ -16,11 +16,9 @@ A first layer alone would read little: all its landmarks have one key, so its pi
 """
 import argparse, json, pathlib, subprocess, sys
 
+from counts import count_by_1000
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def count(text):
-    return int(float(text[:-1]) * {"K": 10**3, "M": 10**6}[text[-1]]) if text[-1] in "KM" else int(text)
 
 
 def line_through(points):
@@ -33,7 +31,7 @@ def line_through(points):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=count, default=10**6, help="of text; K and M are thousands and millions")
+    parser.add_argument("--tokens", type=count_by_1000, default=10**6, help="of text; K and M are thousands and millions")
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=1)

@@ -23,15 +23,12 @@ traffic (every input read once, every output written once) makes. Exit code 1 wh
 """
 import argparse, json, statistics, subprocess, sys
 
+from counts import count_by_1024
 from lightning_forms import (TOLERANCE, Authors, WriteBehind, alibi, competitors, everlong_form, gate, gate_far,
                              gate_fused, gate_write_behind, relative)
 
 HEADS, DIM = 32, 128
 SHAPES = "128x1K,32x4K,8x16K,2x64K,1x128K"
-
-
-def parse_count(text):
-    return int(text[:-1]) * {"K": 1024, "M": 1024**2}[text[-1]] if text[-1] in "KM" else int(text)
 
 
 class Timer:
@@ -218,7 +215,7 @@ def main():
         if not right:
             continue
         cases = [(int(s), 1) for s in args.sessions.split(",")] if task == "step" else [
-            (int(s.split("x")[0]), parse_count(s.split("x")[1])) for s in args.shapes.split(",")]
+            (int(s.split("x")[0]), count_by_1024(s.split("x")[1])) for s in args.shapes.split(",")]
         for batch, tokens in cases:
             q, k, v = inputs_of(torch, (batch, tokens, args.heads, args.head_dim))
             runs, floor = runs_of(torch, task, forms, q, k, v, slopes, scale, not args.no_state)

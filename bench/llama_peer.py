@@ -25,12 +25,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from counts import count_by_1024
+
 TARGET = 384_926_720
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
-
-
-def count(text):
-    return int(text[:-1]) * {"K": 1024, "M": 1024**2}[text[-1]] if text[-1] in "KM" else int(text)
 
 
 def size(layers, width, mlp, vocab):
@@ -159,7 +157,7 @@ def measure(training, args, length, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="1K,8K,32K,128K", help="tokens of a row")
-    parser.add_argument("--tokens", type=count, default=131072, help="of a batch, whatever the row")
+    parser.add_argument("--tokens", type=count_by_1024, default=131072, help="of a batch, whatever the row")
     parser.add_argument("--steps", type=int, default=10, help="counted, a length")
     parser.add_argument("--attention", choices=sorted(BACKENDS), default="cudnn")
     parser.add_argument("--compile", action="store_true")
@@ -194,7 +192,7 @@ def main():
           f"{'' if args.no_checkpointing else ', checkpointing'}", flush=True)
     log = open(args.json, "w") if args.json else None
     failed = False
-    for length in map(count, args.lengths.split(",")):
+    for length in map(count_by_1024, args.lengths.split(",")):
         line = {"model": "llama", "parameters": parameters, "attention": args.attention, "compiled": args.compile,
                 "checkpointing": not args.no_checkpointing, "tokens": length}
         try:

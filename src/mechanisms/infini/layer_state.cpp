@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "ops/describe.h"
+
 namespace everlong::infini {
 namespace {
 
@@ -17,10 +19,6 @@ at::Tensor padded(const at::Tensor& x, std::int64_t rows) {
   std::vector<std::int64_t> behind(static_cast<std::size_t>(2 * (x.dim() - 2)), 0);
   behind.insert(behind.end(), {0, rows - x.size(1)});
   return at::constant_pad_nd(x, behind);
-}
-
-std::string describe(const at::Tensor& x) {
-  return x.defined() ? cat(x.scalar_type(), " ", x.sizes()) : std::string("no tensor");
 }
 
 }  // namespace

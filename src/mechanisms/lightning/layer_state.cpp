@@ -7,6 +7,7 @@
 
 #include "mechanisms/lightning/kernel_cuda.h"
 #include "mechanisms/lightning/op_cuda.h"
+#include "ops/describe.h"
 
 namespace everlong::lightning {
 namespace {
@@ -27,10 +28,6 @@ bool writes_behind(const at::Tensor& S, WriteBehind wish, at::ScalarType token_d
   return std::ranges::find(kDtypes, token_dtype) != kDtypes.end() &&
          S.size(2) <= kCudaRingMaxKeyDim &&
          takes_cuda_sweep(S.device(), token_dtype, S.size(1), S.size(2), S.size(3));
-}
-
-std::string describe(const at::Tensor& t) {
-  return t.defined() ? cat(t.scalar_type(), " ", t.sizes()) : std::string("no tensor");
 }
 
 }  // namespace

@@ -2,13 +2,10 @@
 
 #include "mechanisms/lightning/op.h"
 #include "mechanisms/lightning/params.h"
+#include "ops/describe.h"
 
 namespace everlong::lightning {
 namespace {
-
-std::string describe(const at::Tensor& t) {
-  return t.defined() ? cat(t.scalar_type(), " ", t.sizes()) : "no tensor";
-}
 
 Status check_input(const char* name, const at::Tensor& x, const at::Tensor& q) {
   if (!x.defined() || x.dim() != 4)
