@@ -1,5 +1,7 @@
 #include "ops/cuda_device.h"
 
+#include <ATen/ops/empty.h>
+
 #include <algorithm>
 #include <array>
 #include <mutex>
@@ -19,6 +21,13 @@ int compute_capability(c10::Device device) {
     known[index] = info.ok() ? info->major * 10 + info->minor : -1;
   }
   return std::max(known[index], 0);
+}
+
+at::Tensor send_to_device(std::span<const std::int32_t> numbers, c10::Device device) {
+  const at::Tensor pinned =
+      at::empty({std::ssize(numbers)}, at::TensorOptions(at::kInt).pinned_memory(true));
+  std::ranges::copy(numbers, pinned.mutable_data_ptr<std::int32_t>());
+  return pinned.to(device, /*non_blocking=*/true);
 }
 
 }  // namespace everlong

@@ -85,6 +85,18 @@ __device__ inline void barrier_wait(std::uint64_t* barrier, std::uint32_t parity
       "r"(parity)
       : "memory");
 }
+// Whether that phase has ended, the same for the whole warp.
+__device__ inline bool barrier_passed(std::uint64_t* barrier, std::uint32_t parity) {
+  std::uint32_t passed;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, done;\n}\n"
+      : "=r"(passed)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return __all_sync(0xffffffffu, passed != 0);
+}
 
 // --- tile copies -------------------------------------------------------------------------------
 
@@ -139,11 +151,24 @@ __device__ inline void load_transposed(std::uint32_t (&to)[4], std::uint32_t add
                : "r"(address)
                : "memory");
 }
+// Not transposed: rows of a left operand in registers.
+__device__ inline void load_pieces(std::uint32_t (&to)[4], std::uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
 __device__ inline void store_pieces(std::uint32_t address, std::uint32_t a, std::uint32_t b,
                                     std::uint32_t c, std::uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
+}
+__device__ inline void store_transposed(std::uint32_t address, const std::uint32_t (&from)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+      : "memory");
 }
 // Two floats as bf16, the first in the lower half.
 __device__ inline std::uint32_t pack(float low, float high) {

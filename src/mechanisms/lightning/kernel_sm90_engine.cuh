@@ -19,7 +19,7 @@ struct Forward {
   static constexpr int kPanel = kChunk * Panel::kRow, kOutPanel = kOutRows * Panel::kRow;
   static constexpr int kKeyPanels = Panel::of(kKeys), kValuePanels = Panel::of(kValues);
   static constexpr int kStateGroups = groups_of(kKeys);
-  static constexpr int kThreads = (2 + kStateGroups + kFused) * kWarpgroup;
+  static constexpr int kThreads = (2 + kStateGroups) * kWarpgroup;
   static constexpr int kKeyTile = kPanel * kKeyPanels, kValueTile = kPanel * kValuePanels;
   static constexpr int kStage = 2 * kKeyTile + kValueTile;  // q, k, v
   // 2 and 3 stages of 48 KB differ by less than 1 %; 144 KB in flight ride out more jitter.
@@ -62,30 +62,32 @@ struct Forward {
       }
   }
 
-  __device__ static void turn_inputs(const Launch& p, Shared& shared) {
+  // v, by three warps that the loading thread leaves idle.
+  __device__ static void turn_all_values(const Launch& p, Shared& shared) {
     Ring<kStages> ring;
     Walk walk(p);
     for (Segment s; walk.next(s);)
 #pragma unroll 1
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
-        unsigned char* const stage = shared.stage[ring.stage];
         const int length = p.first_chunk == nullptr ? kChunk : length_of<false>(s, chunk);
-        const bool turns_q = p.silu_q && chunk >= s.first;
         barrier_wait(&shared.barriers.loaded[ring.stage], ring.parity);
-        // What is wanted lies side by side, but for q and v without k.
-        int begin = turns_q ? 0 : p.silu_k ? kKeyTile : 2 * kKeyTile;
-        const int end = p.silu_v ? kStage : p.silu_k ? 2 * kKeyTile : turns_q ? kKeyTile : 0;
-#pragma unroll 1
-        while (begin < end) {
-          const bool skips_k = turns_q && p.silu_v && !p.silu_k && begin == 0;
-          silu_of_bytes(stage, begin, skips_k ? kKeyTile : end);
-          begin = skips_k ? 2 * kKeyTile : end;
-        }
-        if (length < kChunk) clear_behind<Panel, kStage>(stage, length);
+        turn_values<Panel, kValueTile>(shared.stage[ring.stage] + 2 * kKeyTile, p.silu_v, length);
         shared_writes_fence();
         __syncwarp();
         if (lane_of_warp() == 0) barrier_arrive(&shared.barriers.full[ring.stage]);
       }
+  }
+
+  using Queries = std::uint32_t[kKeys / 16][4];  // a warp's 16 rows, as products take them
+
+  __device__ static void take_queries(Queries& queries, std::uint32_t tile, bool with_silu) {
+    const int lane = lane_of_warp(), row = warp_of_group() * 16 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      const int piece = 2 * i + lane / 16;
+      load_pieces(queries[i], tile + piece / Panel::kPieces * kPanel + Panel::place(row, piece));
+    }
+    if (with_silu) silu(queries);
   }
 
   __device__ static void make_output(const Maps& maps, const OutputRows& o, const Launch& p,
@@ -94,6 +96,8 @@ struct Forward {
     const std::uint64_t state = Panel::operand(shared_address(shared.state), kStatePanel);
     Ring<kStages> ring;
     std::uint32_t state_parity = 0;
+    [[maybe_unused]] Queries queries;
+    [[maybe_unused]] bool taken = false;  // those of the chunk that comes
     Walk walk(p);
     for (Segment s; walk.next(s);) {
       const float rate = -1.44269504f * s.slope;
@@ -112,17 +116,25 @@ struct Forward {
         const std::uint64_t q = Panel::operand(tile), k = Panel::operand(tile + kKeyTile),
                             v = Panel::operand(tile + 2 * kKeyTile, kPanel);
         float scores[kChunk / 2], sum[kValues / 2];
+        if constexpr (kFused)
+          if (!taken) take_queries(queries, tile, p.silu_q);
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kKeys / 16; ++i) {
           const std::uint64_t at = Panel::by_k(i, kPanel);
-          wgmma<0, 0>(scores, q + at, k + at, i > 0);
+          if constexpr (kFused)
+            wgmma<0>(scores, queries[i], k + at, i > 0);
+          else
+            wgmma<0, 0>(scores, q + at, k + at, i > 0);
         }
         wgmma_commit();
         barrier_wait(&shared.barriers.state_full, state_parity);
 #pragma unroll
         for (int i = 0; i < kKeys / 16; ++i)
-          wgmma<0, 1>(sum, q + Panel::by_k(i, kPanel), state + Panel::across_k(i), i > 0);
+          if constexpr (kFused)
+            wgmma<1>(sum, queries[i], state + Panel::across_k(i), i > 0);
+          else
+            wgmma<0, 1>(sum, q + Panel::by_k(i, kPanel), state + Panel::across_k(i), i > 0);
         wgmma_commit();
         wgmma_wait<1>();  // the mask hides under Q S
         settle(scores);
@@ -140,6 +152,13 @@ struct Forward {
         for (int i = 0; i < kChunk / 16; ++i)
           wgmma<1>(sum, weights[i], v + Panel::across_k(i), true);
         wgmma_commit();
+        if constexpr (kFused) {  // under the product, where the next stage is there
+          Ring<kStages> after = ring;
+          after.next();
+          taken = chunk + 1 < s.last &&
+                  barrier_passed(&shared.barriers.loaded[after.stage], after.parity);
+          if (taken) take_queries(queries, shared_address(shared.stage[after.stage]), p.silu_q);
+        }
         wgmma_wait<0>();
         settle(sum);
         if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
@@ -164,6 +183,18 @@ struct Forward {
       read_state(sum, start_of(p, s), first_row, p);
       Weights<false> weights;
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
+        const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
+        [[maybe_unused]] Columns keys;
+        if constexpr (kFused) {
+          const std::uint32_t at = Columns::address<Panel>(tile + kKeyTile, first_row);
+          barrier_wait(&shared.barriers.loaded[ring.stage], ring.parity);
+          keys.load<Panel>(at);
+          if (first_row + 16 * warp_of_group() < kKeys)
+            turn_keys<Panel>(keys, at, p.silu_k,
+                             p.first_chunk == nullptr ? kChunk : length_of<false>(s, chunk));
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&shared.barriers.full[ring.stage]);
+        }
         if (chunk >= s.first) {
           barrier_wait(&shared.barriers.state_empty, state_parity);
           state_parity ^= 1;
@@ -174,9 +205,11 @@ struct Forward {
         }
         weights.fit(length_of<false>(s, chunk), s.slope, p.scale);
         barrier_wait(&shared.barriers.full[ring.stage], ring.parity);
-        const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
-        add_chunk<Panel>(sum, weights, tile + kKeyTile, first_row,
-                         Panel::operand(tile + 2 * kKeyTile, kPanel));
+        const std::uint64_t v = Panel::operand(tile + 2 * kKeyTile, kPanel);
+        if constexpr (kFused)
+          add_chunk<Panel>(sum, weights, keys, v);
+        else
+          add_chunk<Panel>(sum, weights, tile + kKeyTile, first_row, v);
         __syncwarp();  // every lane has read
         if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
       }
@@ -187,32 +220,34 @@ struct Forward {
   __device__ static void run(const Maps& maps, const OutputRows& o, const Launch& p,
                              Shared& shared) {
     if (threadIdx.x == 0)
-      shared.barriers.init(kFused ? 4 : 1, 4 * (1 + kStateGroups), 4 * kStateGroups, 4);
+      shared.barriers.init(kFused ? 3 + 4 * kStateGroups : 1, 4 * (1 + kStateGroups),
+                           4 * kStateGroups, 4);
     __syncthreads();
     // Uniform for the compiler too, else it serialises the products.
     const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     // Together no more than the block starts with: 504 for one thread of each of three groups, 512
-    // of four, 480 of five.
+    // of four.
     if (role == 0) {
-      registers_down<24>();
+      registers_down<kFused ? 64 : 24>();
       if (threadIdx.x == 0) copy_tiles(maps, p, shared);
+      if (kFused && threadIdx.x >= 32) turn_all_values(p, shared);
       if (!kFused && threadIdx.x / 32 == 1)
         clear_tails<false, Panel>(p, shared.stage, shared.barriers);
     } else if (role == 1) {
-      registers_up<kStateGroups == 1 ? (kFused ? 208 : 240) : kFused ? 168 : 184>();
+      registers_up<kStateGroups == 1 ? (kFused ? 224 : 240) : kFused ? 208 : 184>();
       make_output(maps, o, p, shared);
-    } else if (kFused && role == 2 + kStateGroups) {
-      registers_down<kStateGroups == 1 ? 72 : 48>();
-      turn_inputs(p, shared);
     } else {
-      registers_up<kStateGroups == 1 ? (kFused ? 208 : 240) : kFused ? 120 : 152>();
+      if constexpr (kFused && kStateGroups == 2)
+        registers_down<120>();
+      else
+        registers_up<kStateGroups == 1 ? (kFused ? 216 : 240) : 152>();
       carry_state(p, shared, role - 2);
     }
   }
 };
 
 template <int kKeys, int kValues, bool kFused>
-__global__ void __launch_bounds__((2 + groups_of(kKeys) + kFused) * kWarpgroup, 1)
+__global__ void __launch_bounds__((2 + groups_of(kKeys)) * kWarpgroup, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
                    const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap o,
                    const __grid_constant__ OutputRows o_rows, const __grid_constant__ Launch p) {

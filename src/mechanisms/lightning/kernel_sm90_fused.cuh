@@ -1,7 +1,10 @@
 // Work that rides along with the forward pass while memory binds: q, k, v become
-// silu(x) = x / (1 + exp(-x)) in shared memory, between the copy that brings a stage and the
-// products that use it, by a warpgroup of its own; and the sums of o^2 that a norm over all heads
-// needs.
+// silu(x) = x / (1 + exp(-x)) between the copy that brings a stage and the products that use it,
+// and the sums of o^2 that a norm over all heads needs. Each is turned where it passes anyway: q by
+// the warpgroup that makes O, on the way into registers; k by those that carry S, which take it
+// into registers too and write it back for Q K^T; v in place, by the warps that loading leaves
+// idle. A warpgroup of its own for all three costs 10 % for the way through registers alone
+// (docs/benchmarks.md).
 #pragma once
 #include "mechanisms/lightning/kernel_sm90_parts.cuh"
 
@@ -11,45 +14,76 @@ namespace everlong::lightning::engine {
 // where an exponential and a reciprocal would bind. tanh.approx is good to 2^-11 of itself, silu so
 // to 2^-12 |x|, below the rounding of its neighbours of size |x|.
 __device__ __forceinline__ std::uint32_t silu(std::uint32_t pair) {
-  const auto turned = [](float x) {
-    const float half = 0.5f * x;
+  const auto turned = [](float half) {
     float t;
     asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(half));
     return fmaf(half, t, half);
   };
-  return pack(turned(__uint_as_float(pair << 16)), turned(__uint_as_float(pair & 0xffff0000u)));
+  const std::uint32_t halves = times(pair, 0x3f003f00u);
+  return pack(turned(__uint_as_float(halves << 16)), turned(__uint_as_float(halves & 0xffff0000u)));
 }
-__device__ __forceinline__ uint4 silu(const uint4& x) {
-  return {silu(x.x), silu(x.y), silu(x.z), silu(x.w)};
+template <int kSteps>
+__device__ __forceinline__ void silu(std::uint32_t (&x)[kSteps][4]) {
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[i][e] = silu(x[i][e]);
 }
 
-// silu of the bytes [begin, end) of a stage. By one warpgroup; each thread takes the same bytes as
-// in clear_behind(). One warp a scheduler waits for all that it computes, so four pieces go
-// together; more warps, and more or fewer pieces, are not faster (docs/benchmarks.md).
-__device__ __forceinline__ void silu_of_bytes(unsigned char* stage, int begin, int end) {
-  constexpr int kAtOnce = 4, kStep = 16 * kWarpgroup;
-  const auto at = [&](int byte) { return reinterpret_cast<uint4*>(stage + byte); };
-  int byte = begin + static_cast<int>(threadIdx.x) % kWarpgroup * 16;
+// silu of a tile of kBytes in place, by the warps [1, 4) of a warpgroup. Four pieces at once, for
+// a warp waits for all that it computes.
+template <int kBytes>
+__device__ __forceinline__ void silu_of_tile(unsigned char* tile) {
+  constexpr int kAtOnce = 4, kStep = 16 * (kWarpgroup - 32);
+  const int first = (static_cast<int>(threadIdx.x) % kWarpgroup - 32) * 16;
 #pragma unroll 1
-  for (; byte + (kAtOnce - 1) * kStep < end; byte += kAtOnce * kStep) {
-    uint4 x[kAtOnce];
+  for (int round = first; round < kBytes; round += kAtOnce * kStep) {
+    std::uint32_t x[kAtOnce][4];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) x[i] = *at(byte + i * kStep);
+    for (int i = 0; i < kAtOnce; ++i)
+      if (const int byte = round + i * kStep; byte < kBytes) {
+        const uint4 piece = *reinterpret_cast<const uint4*>(tile + byte);
+        x[i][0] = piece.x, x[i][1] = piece.y, x[i][2] = piece.z, x[i][3] = piece.w;
+      }
+    silu(x);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) x[i] = silu(x[i]);
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) *at(byte + i * kStep) = x[i];
+    for (int i = 0; i < kAtOnce; ++i)
+      if (const int byte = round + i * kStep; byte < kBytes)
+        *reinterpret_cast<uint4*>(tile + byte) = make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
   }
-#pragma unroll 1
-  for (; byte < end; byte += kStep) *at(byte) = silu(*at(byte));
 }
 
-// Rows of a stage of panels behind `length` become zero.
-template <class Panel, int kStage>
-__device__ __forceinline__ void clear_behind(unsigned char* stage, int length) {
-  for (int byte = static_cast<int>(threadIdx.x) % kWarpgroup * 16; byte < kStage;
-       byte += 16 * kWarpgroup)
-    if (byte / Panel::kRow % kChunk >= length) *reinterpret_cast<uint4*>(stage + byte) = uint4{};
+// What is left of two tokens next to each other, of which `left` belong to the sequence.
+__device__ __forceinline__ std::uint32_t first_of(std::uint32_t pair, int left) {
+  return left >= 2 ? pair : left == 1 ? pair & 0xffffu : 0;
+}
+
+// Turns v in place, and clears what lies behind `length` tokens. By the warps [1, 4) of a
+// warpgroup.
+template <class Panel, int kBytes>
+__device__ __forceinline__ void turn_values(unsigned char* tile, bool with_silu, int length) {
+  if (with_silu) silu_of_tile<kBytes>(tile);
+  if (length < kChunk)
+    for (int byte = (static_cast<int>(threadIdx.x) % kWarpgroup - 32) * 16; byte < kBytes;
+         byte += 16 * (kWarpgroup - 32))
+      if (byte / Panel::kRow % kChunk >= length) *reinterpret_cast<uint4*>(tile + byte) = uint4{};
+}
+
+// Turns the columns of k that a warp has in registers, there and in the tile, at `at`, and clears
+// what lies behind `length` tokens.
+template <class Panel>
+__device__ __forceinline__ void turn_keys(Columns& columns, std::uint32_t at, bool with_silu,
+                                          int length) {
+  auto& x = columns.x;
+  if (with_silu) silu(x);
+  if (length < kChunk)
+#pragma unroll
+    for (int i = 0; i < kChunk / 4; ++i)
+      x[i / 4][i % 4] = first_of(x[i / 4][i % 4], length - accumulator_column(4 * (i / 2)));
+  if (with_silu || length < kChunk) {
+    columns.store<Panel>(at);
+    shared_writes_fence();
+  }
 }
 
 // Sums of squares of the rows that this thread has a part of, to [B, H, T].

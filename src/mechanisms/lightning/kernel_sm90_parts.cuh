@@ -171,22 +171,39 @@ class Weights {
   int length_ = 0;
 };
 
-// sum = lambda^m sum + (diag(w) X)^T Y, for the 64 columns of X from first_column on, Y 64 x 2
-// kCount.
+// 64 columns of X from first_column on, as the left operand X^T of a product: this warp has 16 of
+// them, all tokens.
+class Columns {
+ public:
+  std::uint32_t x[kChunk / 16][4];  // x[i][e]: tokens of pair[2i + e / 2] in Weights
+
+  template <class Panel>
+  __device__ static std::uint32_t address(std::uint32_t tile, int first_column) {
+    const int lane = lane_of_warp(), token = lane / 16 * 8 + lane % 8;
+    const int piece = first_column / 8 + 2 * warp_of_group() + lane / 8 % 2;
+    return tile + piece / Panel::kPieces * kChunk * Panel::kRow + Panel::place(token, piece);
+  }
+  template <class Panel>
+  __device__ void load(std::uint32_t at) {
+#pragma unroll
+    for (int i = 0; i < kChunk / 16; ++i) load_transposed(x[i], at + i * 16 * Panel::kRow);
+  }
+  template <class Panel>
+  __device__ void store(std::uint32_t at) const {
+#pragma unroll
+    for (int i = 0; i < kChunk / 16; ++i) store_transposed(at + i * 16 * Panel::kRow, x[i]);
+  }
+};
+
+// sum = lambda^m sum + (diag(w) X)^T Y, for the columns x of X, Y 64 x 2 kCount.
 template <class Panel, int kCount, bool kReverse>
 __device__ __forceinline__ void add_chunk(float (&sum)[kCount], const Weights<kReverse>& weights,
-                                          std::uint32_t tile, int first_column, std::uint64_t y) {
-  const int lane = lane_of_warp(), token = lane / 16 * 8 + lane % 8;
-  const int piece = first_column / 8 + 2 * warp_of_group() + lane / 8 % 2;
-  const std::uint32_t at =
-      tile + piece / Panel::kPieces * kChunk * Panel::kRow + Panel::place(token, piece);
-  std::uint32_t x[kChunk / 16][4];
+                                          Columns& columns, std::uint64_t y) {
+  auto& x = columns.x;
 #pragma unroll
-  for (int i = 0; i < kChunk / 16; ++i) {
-    load_transposed(x[i], at + i * 16 * Panel::kRow);
+  for (int i = 0; i < kChunk / 16; ++i)
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[i][e] = times(x[i][e], weights.pair[2 * i + e / 2]);
-  }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sum[i] = fmaf(sum[i], weights.lost, sum[i]);
   settle(sum);
@@ -196,6 +213,14 @@ __device__ __forceinline__ void add_chunk(float (&sum)[kCount], const Weights<kR
   wgmma_commit();
   wgmma_wait<0>();
   settle(sum);
+}
+// The same for the 64 columns of the tile X from first_column on.
+template <class Panel, int kCount, bool kReverse>
+__device__ __forceinline__ void add_chunk(float (&sum)[kCount], const Weights<kReverse>& weights,
+                                          std::uint32_t tile, int first_column, std::uint64_t y) {
+  Columns columns;
+  columns.load<Panel>(Columns::address<Panel>(tile, first_column));
+  add_chunk<Panel>(sum, weights, columns, y);
 }
 
 }  // namespace everlong::lightning::engine

@@ -146,6 +146,21 @@ TEST_F(LightningHopper, SlopesReachFromNothingToEverything) {
   expect_backward_right({.H = 4, .slope = {80, 8, 1e-5, 0}});
 }
 
+// Where nothing is forgotten every weight is 1 and every product of bf16 numbers exact in fp32:
+// only the sums round.
+TEST_F(LightningHopper, StatesOfExactProductsAreSumsInFp32) {
+  Case c{.T = 1000, .slope = {0, 0, 0}};
+  for (const int dim : {64, 96, 128}) {
+    c.K = c.V = dim;
+    expect_forward_right(c, cuda_forward, {kTolerance, 1e-5});
+  }
+  c = {.B = 1, .T = 64 * 140, .H = 2, .slope = {0, 0}};  // in parts
+  expect_forward_right(c, cuda_forward, {kTolerance, 1e-5});
+  c = {.B = 1, .slope = {0, 0, 0}, .cu_seqlens = {0, 1, 65, 193, 194, 258, 700, 717}};
+  c.T = c.cu_seqlens.back();
+  expect_forward_right(c, cuda_forward, {kTolerance, 1e-5});
+}
+
 // Ragged ends everywhere; what lies behind an end is another sequence.
 TEST_F(LightningHopper, PackedSequencesKeepToThemselves) {
   Case c{.B = 1, .cu_seqlens = {0, 1, 65, 193, 194, 258, 700, 717}};

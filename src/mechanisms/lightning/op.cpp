@@ -235,6 +235,12 @@ std::string_view path_taken(const Tensor& q, const Tensor& k, const Tensor& v, P
 }
 
 at::Tensor silu_where(bool wanted, const at::Tensor& x) { return wanted ? at::silu(x) : x; }
+at::Tensor grad_before_silu(bool wanted, const at::Tensor& grad, const at::Tensor& x) {
+  return wanted ? at::silu_backward(grad, x) : grad;
+}
+at::Tensor or_empty(const at::Tensor& x, const at::Tensor& like) {
+  return x.defined() ? x : at::empty({0}, like.options().dtype(at::kFloat));
+}
 
 at::Tensor row_squares(const at::Tensor& o) {
   const auto dtype = o.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -54,9 +54,15 @@ Attention decay_linear_attention(const at::Tensor& q_BTHK, const at::Tensor& k_B
                                  const std::optional<at::Tensor>& state_NHKV = std::nullopt,
                                  Path path = Path::kAuto, const Fusion& fusion = {});
 
-// By ATen operations: x or silu(x), and the row squares of o.
+// By ATen operations: x or silu(x), the gradient of x from that of silu_where's result, and the row
+// squares of o.
 at::Tensor silu_where(bool wanted, const at::Tensor& x);
+at::Tensor grad_before_silu(bool wanted, const at::Tensor& grad, const at::Tensor& x);
 at::Tensor row_squares(const at::Tensor& o_BTHV);
+
+// x, or an empty fp32 tensor beside `like`, which stands for none where autograd and schemas want
+// one.
+at::Tensor or_empty(const at::Tensor& x, const at::Tensor& like);
 
 // The path that decay_linear_attention takes for several of these tokens: "cpu", "cuda" (Hopper's
 // chunk engine), "cuda sweep" (sm_80 and later) or "composite". One token without gradients takes a

@@ -124,12 +124,9 @@ Result<OpResult> run_reference(ReferenceForm form, const OpCall& call, const Arg
                   : form == ReferenceForm::kChunked
                       ? reference::chunked_gradient(in, kReferenceChunk, grad_o, grad_state)
                       : reference::recurrent_gradient(in, grad_o, grad_state));
-  const auto before_silu = [](bool turned, const Tensor& after, const Tensor& x) {
-    return turned ? at::silu_backward(after, x) : after;
-  };
-  result.grad["q"] = before_silu(fusion.silu_q, from_doubles(grad.q_BTHK, a.q.sizes()), a.q);
-  result.grad["k"] = before_silu(fusion.silu_k, from_doubles(grad.k_BTHK, a.k.sizes()), a.k);
-  result.grad["v"] = before_silu(fusion.silu_v, from_doubles(grad.v_BTHV, a.v.sizes()), a.v);
+  result.grad["q"] = grad_before_silu(fusion.silu_q, from_doubles(grad.q_BTHK, a.q.sizes()), a.q);
+  result.grad["k"] = grad_before_silu(fusion.silu_k, from_doubles(grad.k_BTHK, a.k.sizes()), a.k);
+  result.grad["v"] = grad_before_silu(fusion.silu_v, from_doubles(grad.v_BTHV, a.v.sizes()), a.v);
   if (a.state.has_value()) result.grad["state.S"] = from_doubles(grad.state_NHKV, states);
   return result;
 }

@@ -71,12 +71,9 @@ CudaJob make_job(const Decay& decay, bool on_hopper, const Fusion& fusion,
                  at::IntArrayRef cu_seqlens, at::Device device) {
   CudaJob job{decay, on_hopper, fusion, cu_seqlens.vec()};
   if (cu_seqlens.empty()) return job;
-  // Pinned, so that the host does not wait for the copy.
-  const Tensor offsets = at::empty({2 * static_cast<std::int64_t>(cu_seqlens.size())},
-                                   at::TensorOptions(at::kInt).pinned_memory(true));
-  cuda_offsets(job.cu_seqlens, {offsets.mutable_data_ptr<std::int32_t>(),
-                                static_cast<std::size_t>(offsets.numel())});
-  job.offsets = offsets.to(device, /*non_blocking=*/true);
+  std::vector<std::int32_t> offsets(2 * cu_seqlens.size());
+  cuda_offsets(job.cu_seqlens, offsets);
+  job.offsets = send_to_device(offsets, device);
   return job;
 }
 
@@ -145,9 +142,6 @@ Status check_rings(const Rings& rings) {
   return {};
 }
 
-Tensor or_empty(const Tensor& x, const Tensor& like) {
-  return x.defined() ? x : at::empty({0}, like.options().dtype(at::kFloat));
-}
 Tensor or_undefined(const Tensor& x) { return x.numel() == 0 ? Tensor() : x; }
 
 // Keeps its inputs, with row squares its output too, and nothing else. silu is computed anew
@@ -199,12 +193,9 @@ struct KernelForm : torch::autograd::Function<KernelForm> {
     call.packing = job.packing();
     throw_if_error(
         (job.on_hopper ? cuda_backward : cuda_sweep_backward)(call, current_stream(q.device())));
-    const auto before_silu = [](bool turned, const Tensor& grad, const Tensor& x) {
-      return turned ? at::silu_backward(grad, x) : grad;
-    };
-    return {before_silu(fusion.silu_q, grad_q, saved[0]),
-            before_silu(fusion.silu_k, grad_k, saved[1]),
-            before_silu(fusion.silu_v, grad_v, saved[2]), grad_state, Tensor()};
+    return {grad_before_silu(fusion.silu_q, grad_q, saved[0]),
+            grad_before_silu(fusion.silu_k, grad_k, saved[1]),
+            grad_before_silu(fusion.silu_v, grad_v, saved[2]), grad_state, Tensor()};
   }
 };
 

@@ -58,10 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> fused(const Tensor& q, const Tensor& k, const
   auto result =
       decay_linear_attention(q, k, v, decay_of(slope, scale), cu_seqlens, state, Path::kAuto,
                              {silu_q, silu_k, silu_v, row_squares, final_state});
-  const auto or_empty = [&](const Tensor& x) {
-    return x.defined() ? x : at::empty({0}, v.options().dtype(at::kFloat));
-  };
-  return {result.o_BTHV, or_empty(result.state_NHKV), or_empty(result.row_squares_BTH)};
+  return {result.o_BTHV, or_empty(result.state_NHKV, v), or_empty(result.row_squares_BTH, v)};
 }
 std::tuple<Tensor, Tensor, Tensor> fused_shapes(const Tensor& q, const Tensor& k, const Tensor& v,
                                                 at::ArrayRef<double> slope, double scale,

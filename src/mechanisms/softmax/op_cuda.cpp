@@ -117,11 +117,6 @@ at::Tensor attend_rows(const at::Tensor& q, const at::Tensor& k, const at::Tenso
   return at::cat(rows);
 }
 
-// Copied without waiting for the device: memory that is not pinned is read before the call returns.
-at::Tensor on_device(const std::vector<std::int64_t>& offsets, at::Device device) {
-  return at::tensor(offsets, at::kInt).to(device, /*non_blocking=*/true);
-}
-
 }  // namespace
 
 std::string why_not_flash(at::Device device, at::ScalarType dtype, std::int64_t key_dim,
@@ -177,7 +172,8 @@ at::Tensor attention_by_flash(const at::Tensor& q, const at::Tensor& k, const at
     const auto rows = [&](const at::Tensor& x) { return line(x).unflatten(0, {-1, longest}); };
     return attend_rows(rows(q), rows(k), rows(v), window, scale).flatten(0, 1).unsqueeze(0);
   }
-  const Job job{longest, longest, window, scale, on_device(starts, q.device())};
+  const std::vector<std::int32_t> counted(starts.begin(), starts.end());
+  const Job job{longest, longest, window, scale, send_to_device(counted, q.device())};
   return FlashFunction::apply(line(q), line(k), line(v), job).unsqueeze(0);
 }
 
