@@ -88,7 +88,8 @@ struct CudaFused {
   bool silu_q = false, silu_k = false, silu_v = false;
   // Sums of o^2 over V before o is rounded, [B, H, T] contiguous on the device; null: not wanted.
   float* row_squares_BHT = nullptr;
-  bool any() const { return silu_q || silu_k || silu_v || row_squares_BHT != nullptr; }
+  bool any_silu() const { return silu_q || silu_k || silu_v; }
+  bool any() const { return any_silu() || row_squares_BHT != nullptr; }
 };
 
 struct CudaForward {

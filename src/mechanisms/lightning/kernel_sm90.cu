@@ -193,7 +193,7 @@ Status cuda_forward(const CudaForward& call, void* stream) {
   return run_forward(call.q_BTHK, call.k_BTHK, call.v_BTHV, call.o_BTHV,
                      {call.q_BTHK.sizes, call.v_BTHV.sizes[3], rows_of(call.state_in_NHKV),
                       rows_of(call.state_out_NHKV), call.slope_H, call.scale, call.exact,
-                      call.workspace, call.packing},
+                      call.workspace, call.packing, call.fused.any_silu()},
                      call.fused, stream);
 }
 

@@ -80,14 +80,13 @@ struct Forward {
 
   using Queries = std::uint32_t[kKeys / 16][4];  // a warp's 16 rows, as products take them
 
-  __device__ static void take_queries(Queries& queries, std::uint32_t tile, bool with_silu) {
+  __device__ static void load_queries(Queries& queries, std::uint32_t tile) {
     const int lane = lane_of_warp(), row = warp_of_group() * 16 + lane % 16;
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
       const int piece = 2 * i + lane / 16;
       load_pieces(queries[i], tile + piece / Panel::kPieces * kPanel + Panel::place(row, piece));
     }
-    if (with_silu) silu(queries);
   }
 
   __device__ static void make_output(const Maps& maps, const OutputRows& o, const Launch& p,
@@ -97,9 +96,10 @@ struct Forward {
     Ring<kStages> ring;
     std::uint32_t state_parity = 0;
     [[maybe_unused]] Queries queries;
-    [[maybe_unused]] bool taken = false;  // those of the chunk that comes
+    [[maybe_unused]] bool is_ahead = false;  // they are those of the chunk that comes
     Walk walk(p);
     for (Segment s; walk.next(s);) {
+      [[maybe_unused]] float* const row_squares = row_squares_of(p, s);
       const float rate = -1.44269504f * s.slope;
       float decay[kChunk / 2];
       fill_decay<false>(decay, p.scale, rate);
@@ -117,7 +117,10 @@ struct Forward {
                             v = Panel::operand(tile + 2 * kKeyTile, kPanel);
         float scores[kChunk / 2], sum[kValues / 2];
         if constexpr (kFused)
-          if (!taken) take_queries(queries, tile, p.silu_q);
+          if (!is_ahead) {
+            load_queries(queries, tile);
+            if (p.silu_q) silu(queries);
+          }
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kKeys / 16; ++i) {
@@ -155,19 +158,38 @@ struct Forward {
         if constexpr (kFused) {  // under the product, where the next stage is there
           Ring<kStages> after = ring;
           after.next();
-          taken = chunk + 1 < s.last &&
-                  barrier_passed(&shared.barriers.loaded[after.stage], after.parity);
-          if (taken) take_queries(queries, shared_address(shared.stage[after.stage]), p.silu_q);
+          is_ahead = chunk + 1 < s.last &&
+                     barrier_passed(&shared.barriers.loaded[after.stage], after.parity);
+          if (is_ahead) load_queries(queries, shared_address(shared.stage[after.stage]));
         }
         wgmma_wait<0>();
         settle(sum);
         if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
-        if constexpr (kFused) store_row_squares(sum, p, s, token_of<false>(s, chunk));
+        if constexpr (kFused) {
+          if (is_ahead && p.silu_q) silu(queries);
+          store_row_squares(sum, row_squares, token_of<false>(s, chunk), s.tokens);
+        }
         store_rows<Panel>(sum, shared.out[warp_of_group()], maps.o, o, p.V,
                           p.first_chunk != nullptr, token_of<false>(s, chunk), s);
       }
     }
     if (lane == 0) store_wait_read();
+  }
+
+  // This warp's columns of k, turned in registers and in the stage.
+  __device__ static void take_keys(Columns& keys, const Launch& p, Shared& shared,
+                                   const Ring<kStages>& ring, int first_row, int length) {
+    const std::uint32_t at =
+        Columns::address<Panel>(shared_address(shared.stage[ring.stage]) + kKeyTile, first_row);
+    barrier_wait(&shared.barriers.loaded[ring.stage], ring.parity);
+    if (first_row + 16 * warp_of_group() < kKeys) {
+      keys.load<Panel>(at);
+      turn_keys<Panel>(keys, at, p.silu_k, length);
+    } else {
+      keys = {};  // rows of S that nobody asks for
+    }
+    __syncwarp();
+    if (lane_of_warp() == 0) barrier_arrive(&shared.barriers.full[ring.stage]);
   }
 
   // Rows 64 group .. + 63 of S.
@@ -177,34 +199,33 @@ struct Forward {
         shared_address(shared.state) + (first_row + warp_of_group() * 16) * Panel::kRow;
     Ring<kStages> ring;
     std::uint32_t state_parity = 1;
+    const auto show = [&](const float(&sum)[kValues / 2]) {
+      barrier_wait(&shared.barriers.state_empty, state_parity);
+      state_parity ^= 1;
+      write_tile<Panel>(sum, copy, kStatePanel);
+      shared_writes_fence();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&shared.barriers.state_full);
+    };
+    [[maybe_unused]] Columns keys;
+    [[maybe_unused]] bool is_ready = false;  // the first chunk of the segment that comes
+    const auto length = [&](const Segment& s, int chunk) {
+      return kFused && p.first_chunk == nullptr ? kChunk : length_of<false>(s, chunk);
+    };
     Walk walk(p);
-    for (Segment s; walk.next(s);) {
+    Segment s;
+    for (bool has_more = walk.next(s); has_more;) {
       float sum[kValues / 2];
       read_state(sum, start_of(p, s), first_row, p);
       Weights<false> weights;
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
-        const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
-        [[maybe_unused]] Columns keys;
-        if constexpr (kFused) {
-          const std::uint32_t at = Columns::address<Panel>(tile + kKeyTile, first_row);
-          barrier_wait(&shared.barriers.loaded[ring.stage], ring.parity);
-          keys.load<Panel>(at);
-          if (first_row + 16 * warp_of_group() < kKeys)
-            turn_keys<Panel>(keys, at, p.silu_k,
-                             p.first_chunk == nullptr ? kChunk : length_of<false>(s, chunk));
-          __syncwarp();
-          if (lane == 0) barrier_arrive(&shared.barriers.full[ring.stage]);
-        }
-        if (chunk >= s.first) {
-          barrier_wait(&shared.barriers.state_empty, state_parity);
-          state_parity ^= 1;
-          write_tile<Panel>(sum, copy, kStatePanel);
-          shared_writes_fence();
-          __syncwarp();
-          if (lane == 0) barrier_arrive(&shared.barriers.state_full);
-        }
+        if constexpr (kFused)
+          if (!is_ready) take_keys(keys, p, shared, ring, first_row, length(s, chunk));
+        if (chunk >= s.first && !(kFused && is_ready)) show(sum);
+        is_ready = false;
         weights.fit(length_of<false>(s, chunk), s.slope, p.scale);
         barrier_wait(&shared.barriers.full[ring.stage], ring.parity);
+        const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
         const std::uint64_t v = Panel::operand(tile + 2 * kKeyTile, kPanel);
         if constexpr (kFused)
           add_chunk<Panel>(sum, weights, keys, v);
@@ -213,7 +234,19 @@ struct Forward {
         __syncwarp();  // every lane has read
         if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
       }
-      write_state(sum, end_of(p, s), first_row, p);
+      const StateRows end = end_of(p, s);
+      if constexpr (kFused) {
+        // O goes on with the next segment while this one's state is written.
+        has_more = walk.next(s);
+        is_ready = has_more && s.begin == s.first && start_of(p, s).data == nullptr;
+        if (is_ready) {
+          take_keys(keys, p, shared, ring, first_row, length(s, s.begin));
+          const float zero[kValues / 2] = {};
+          show(zero);
+        }
+      }
+      write_state(sum, end, first_row, p);
+      if constexpr (!kFused) has_more = walk.next(s);
     }
   }
 
@@ -228,7 +261,7 @@ struct Forward {
     // Together no more than the block starts with: 504 for one thread of each of three groups, 512
     // of four.
     if (role == 0) {
-      registers_down<kFused ? 64 : 24>();
+      registers_down<kFused ? 48 : 24>();
       if (threadIdx.x == 0) copy_tiles(maps, p, shared);
       if (kFused && threadIdx.x >= 32) turn_all_values(p, shared);
       if (!kFused && threadIdx.x / 32 == 1)
@@ -238,7 +271,7 @@ struct Forward {
       make_output(maps, o, p, shared);
     } else {
       if constexpr (kFused && kStateGroups == 2)
-        registers_down<120>();
+        registers_down<128>();
       else
         registers_up<kStateGroups == 1 ? (kFused ? 216 : 240) : 152>();
       carry_state(p, shared, role - 2);

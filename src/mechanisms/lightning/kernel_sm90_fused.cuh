@@ -86,23 +86,30 @@ __device__ __forceinline__ void turn_keys(Columns& columns, std::uint32_t at, bo
   }
 }
 
-// Sums of squares of the rows that this thread has a part of, to [B, H, T].
+// Where the row squares of a segment begin; null: not wanted.
+__device__ __forceinline__ float* row_squares_of(const Launch& p, const Segment& s) {
+  if (p.row_squares == nullptr) return nullptr;
+  const std::int64_t unit = static_cast<std::int64_t>(s.batch) * p.heads + s.head;
+  return p.row_squares + unit * p.tokens + s.token;
+}
+
+// Sums of squares of the rows that this thread has a part of, in fours, which do not wait for each
+// other.
 template <int kCount>
-__device__ __forceinline__ void store_row_squares(const float (&sum)[kCount], const Launch& p,
-                                                  const Segment& s, int token) {
-  if (p.row_squares == nullptr) return;
-  float squares[2] = {};
+__device__ __forceinline__ void store_row_squares(const float (&sum)[kCount], float* to, int token,
+                                                  int tokens) {
+  if (to == nullptr) return;
+  float parts[8] = {};
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) squares[i % 4 / 2] = fmaf(sum[i], sum[i], squares[i % 4 / 2]);
+  for (int i = 0; i < kCount; ++i) parts[i % 8] = fmaf(sum[i], sum[i], parts[i % 8]);
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
+    float squares = (parts[2 * e] + parts[2 * e + 1]) + (parts[2 * e + 4] + parts[2 * e + 5]);
 #pragma unroll
     for (int apart = 1; apart < 4; apart *= 2)
-      squares[e] += __shfl_xor_sync(0xffffffffu, squares[e], apart);
+      squares += __shfl_xor_sync(0xffffffffu, squares, apart);
     const int row = token + accumulator_row(2 * e);
-    if (lane_of_warp() % 4 == 0 && row < s.tokens)
-      p.row_squares[(static_cast<std::int64_t>(s.batch) * p.heads + s.head) * p.tokens + s.token +
-                    row] = squares[e];
+    if (lane_of_warp() % 4 == 0 && row < tokens) to[row] = squares;
   }
 }
 

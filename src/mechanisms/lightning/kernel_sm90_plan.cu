@@ -7,12 +7,17 @@ namespace everlong::lightning::engine {
 namespace {
 
 // Costs in chunks at the rate of a GPU whose memory is busy, as measured. A chunk that only the
-// state sees moves two tiles of four; in front of others it costs more than that. A block alone on
-// the memory takes 0.65 for a chunk, the time of its products, and 0.37 where only the state sees
-// it.
-constexpr double kStateOnly = 0.5, kWarmUp = 0.9, kAlone = 0.65, kStateAlone = 0.37;
+// state sees moves two tiles of four; in front of others it costs more than that.
+constexpr double kStateOnly = 0.5, kWarmUp = 0.9;
 constexpr double kStart = 2.5, kSecondLaunch = 5;  // of a part, of a kernel
 constexpr double kSegment = 1.5;  // of a head of a packed sequence: states, its end
+
+// What a block alone on the memory takes for a chunk, the time of its products, and where only the
+// state sees it.
+struct Alone {
+  double chunk, state;
+};
+constexpr Alone alone(bool fused) { return fused ? Alone{1.05, 0.8} : Alone{0.65, 0.37}; }
 
 // Cuts the line into `ranges` ranges of at most `budget` each; returns what is left over. warm[h]:
 // chunks of warm-up of a range that starts within head h.
@@ -36,7 +41,8 @@ Plan plan_rows(const Pass& pass, int chunks, int units, int processors) {
   // Blocks of one length share the memory; at the end the last round is what is left.
   const auto cost = [&](std::int64_t blocks, double length) {
     const double rounds = static_cast<double>((blocks + processors - 1) / processors);
-    return std::max(static_cast<double>(blocks) * length / processors, kAlone * rounds * length);
+    return std::max(static_cast<double>(blocks) * length / processors,
+                    alone(pass.fused).chunk * rounds * length);
   };
   std::array<int, kCudaMaxHeads> warm;
   for (std::size_t h = 0; h < pass.slope_H.size(); ++h)
@@ -53,7 +59,7 @@ Plan plan_rows(const Pass& pass, int chunks, int units, int processors) {
     }
     const double heads = static_cast<double>(warm_H.size());
     return std::max(sum / heads * units * (parts - 1) / processors * kStateOnly,
-                    longest * kStateAlone);
+                    longest * alone(pass.fused).state);
   };
   double best = cost(units, chunks);
   if (pass.workspace != nullptr && units < processors)

@@ -17,6 +17,7 @@ struct Pass {
   bool exact;
   void* workspace;
   CudaPacking packing;
+  bool fused = false;  // silu on the way: a chunk costs a block more than its share of the memory
 };
 
 struct Plan {
