@@ -33,6 +33,9 @@ struct Mechanism {
   std::string carries;  // what goes from token to token, in a few words
   std::vector<Lack> lacks;
   std::vector<const Operator*> operators;
+  // Settings that say where and when things lie while a model runs, and change neither its weights
+  // nor what its streams carry, but for rounding: a stream file of the model is of it without them.
+  std::vector<std::string> running_settings = {};
   void (*register_schemas)() = nullptr;  // its operators in torch's dispatcher; none: not there
 
   // Settings that make a small valid layer of this width: what the laws and the scaffolding use.

@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "core/settings.h"
+#include "mechanisms/mechanism.h"
 #include "models/weight_reader.h"
 
 namespace everlong {
@@ -16,6 +17,19 @@ constexpr const char* kConfig = "config.json";
 constexpr const char* kGeneration = "generation_config.json";
 
 std::string shape_text(at::IntArrayRef shape) { return nlohmann::json(shape.vec()).dump(); }
+
+// The config without what only says how the model runs.
+nlohmann::json lasting_config(const Decoder& model) {
+  nlohmann::json config = model.config().to_json();
+  for (const Mechanism* mechanism : mechanisms()) {
+    const auto settings = config.find(mechanism->name);
+    if (settings == config.end()) continue;
+    std::size_t erased = 0;
+    for (const std::string& key : mechanism->running_settings) erased += settings->erase(key);
+    if (erased > 0 && settings->empty()) config.erase(settings);  // as if nothing had been set
+  }
+  return config;
+}
 
 // What the config.json of a published folder leaves open: transformers' own defaults.
 constexpr int kPublishedTopK = 50;
@@ -148,7 +162,7 @@ std::string fingerprint(const Decoder& model) {
   const auto add = [&](const void* data, std::size_t bytes) {
     XXH3_64bits_update(&state, data, bytes);
   };
-  const std::string config = model.config().to_json().dump();
+  const std::string config = lasting_config(model).dump();
   add(config.data(), config.size());
   for (const auto& [name, parameter] : parameters_of(model)) {
     const at::Tensor plain = parameter.detach().cpu().contiguous();

@@ -49,8 +49,9 @@ Status save_model(const fs::path& folder, const Decoder& model,
 Result<SamplingParams> read_generation_config(const fs::path& folder);
 nlohmann::json generation_config(const SamplingParams& params);  // the file's content
 
-// A fingerprint of config and weights: what a stream file remembers its model by. 16 hex digits
-// (XXH3). Reads all weights: about 0.1 s a gigabyte.
+// A fingerprint of config and weights: what a stream file remembers its model by. Settings of
+// running alone (mechanisms/mechanism.h) do not count. 16 hex digits (XXH3). Reads all weights:
+// about 0.1 s a gigabyte.
 std::string fingerprint(const Decoder& model);
 
 // Tensors by name in one safetensors file, and back onto the CPU (copies). Any device and strides.

@@ -159,6 +159,20 @@ TEST(Checkpoint, FingerprintSeesWeightsDtypeAndConfig) {
   EXPECT_NE(fingerprint(*model), original);
 }
 
+TEST(Checkpoint, FingerprintDoesNotSeeHowAModelRuns) {
+  auto config = small_config("llama", {"lightning"});
+  const auto with = [&](const char* key, const nlohmann::json& value) {
+    auto changed = config;
+    changed.mechanisms["lightning"][key] = value;
+    return fingerprint(*small_model(changed, at::kFloat));
+  };
+  EXPECT_EQ(with("write_behind", "off"), fingerprint(*small_model(config, at::kFloat)));
+  EXPECT_EQ(with("write_behind", "on"), with("write_behind", "off"));
+  EXPECT_NE(with("norm_eps", 1e-3), with("write_behind", "off"));
+  config.mechanisms.erase("lightning");  // nothing set, or only that
+  EXPECT_EQ(with("write_behind", "off"), fingerprint(*small_model(config, at::kFloat)));
+}
+
 TEST(Checkpoint, GenerationConfigHoldsTheSamplingDefaultsAndStaysTheUsers) {
   const TemporaryFolder folder("checkpoint_generation");
   EXPECT_EQ(read_generation_config(folder.path())->temperature, SamplingParams{}.temperature);

@@ -29,6 +29,7 @@ const Mechanism& mechanism() {
       .carries = "all blocks of the past, found again through one landmark key each",
       .lacks = {{"bounded_state", "blocks are kept so that they can be read; set max_blocks"}},
       .operators = {&attention_operator(), &grouped_softmax_operator(), &retrieval_operator()},
+      .running_settings = {"page_megabytes", "device_megabytes"},
       .register_schemas = register_schemas,
       .example_settings = example_settings,
       .make_layer = make_layer,

@@ -10,7 +10,8 @@
 
 namespace everlong::lightning::engine {
 
-// kFused: with what kernel_sm90_fused.cuh adds, in a warpgroup more.
+// kFused: with what kernel_sm90_fused.cuh adds. Each warpgroup then turns what passes it, and a
+// stage is full once k and v are turned; the one that makes O takes q into registers.
 template <int kKeys, int kValues, bool kFused>
 struct Forward {
   static_assert(kKeys % 32 == 0 && kValues % 32 == 0);

@@ -13,6 +13,7 @@ const Mechanism& mechanism() {
     m.source = "arXiv 2401.04658";
     m.carries = "one matrix per head, decaying at a fixed rate";
     m.operators = {&attention_operator(), &slopes_operator()};
+    m.running_settings = {"write_behind"};
     m.example_settings = [](std::int64_t hidden_size) -> nlohmann::json {
       return {{"num_heads", hidden_size % 2 == 0 ? 2 : 1},
               {"slope_rule", "alibi_layer"},
