@@ -66,12 +66,11 @@ Status cuda_ring_step(const CudaRingStep& call, void* stream);
 // Whole sequences, T >= 1. States are fp32 with free strides. Deterministic, bit by bit. Two
 // kernels take the same calls:
 //   cuda_forward, cuda_backward     the chunk engine of kernel_sm90_engine.cuh: Hopper (sm_90)
-//       alone, bf16, K and V multiples of 8 up to 128; strides as in kernels/cuda/tensor_map.h
+//       alone, bf16, K and V multiples of 8; strides as in kernels/cuda/tensor_map.h
 //   cuda_sweep_forward, _backward   kernel_cuda_sweep.cuh: sm_80 and later, bf16, fp16 and fp32,
-//   any
-//       K and V up to kCudaSweepMaxDim, free strides of all dimensions but the last. Every token
-//       counts, whatever `exact` says.
-inline constexpr std::int64_t kCudaSweepMaxDim = 256;
+//       any K and V, free strides of all dimensions but the last. Every token counts, whatever
+//       `exact` says.
+inline constexpr std::int64_t kCudaMaxDim = 256;  // K and V of both
 
 // N sequences packed into B = 1. Empty ones are legal; nothing is written for them, states
 // included.
@@ -82,7 +81,9 @@ struct CudaPacking {
 // Fills 2 (N+1) numbers, from sorted offsets.
 void cuda_offsets(std::span<const std::int64_t> cu_seqlens, std::span<std::int32_t> offsets);
 
-// What the chunk engine does besides, in the time in which it waits for memory.
+// What the chunk engine does besides, in the time in which it waits for memory; for K and V up to
+// kCudaMaxFusedDim.
+inline constexpr std::int64_t kCudaMaxFusedDim = 128;
 struct CudaFused {
   // x / (1 + exp(-x)) of q, k, v as they are read, rounded to their dtype.
   bool silu_q = false, silu_k = false, silu_v = false;

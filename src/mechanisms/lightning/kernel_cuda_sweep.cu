@@ -137,8 +137,8 @@ Status validate(const CudaTensors& call) {
     return unsupported("lightning: the CUDA sweep takes fp32, bf16 and fp16; given ",
                        info(dtype).name);
   const std::int64_t K = call.q_BTHK.sizes[3], V = call.v_BTHV.sizes[3];
-  if (K < 1 || K > kCudaSweepMaxDim || V < 1 || V > kCudaSweepMaxDim)
-    return unsupported("lightning: the CUDA sweep takes head dims up to ", kCudaSweepMaxDim,
+  if (K < 1 || K > kCudaMaxDim || V < 1 || V > kCudaMaxDim)
+    return unsupported("lightning: the CUDA sweep takes head dims up to ", kCudaMaxDim,
                        "; given K = ", K, ", V = ", V);
   const auto dense = [](const ConstTensorView& x) { return x.strides[3] == 1 || x.sizes[3] == 1; };
   if (!dense(call.q_BTHK) || !dense(call.k_BTHK) || !dense(call.v_BTHV) ||

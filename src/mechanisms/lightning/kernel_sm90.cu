@@ -21,6 +21,7 @@ using engine::Launch;
 using engine::Pass;
 using engine::Plan;
 using engine::StateRows;
+using Sizes = std::array<std::int64_t, 4>;
 
 // carried [units, parts, size]: of each part alone -> of all up to its end. Chunks of all but the
 // first part are full ones (against time, the short one is in the first). Grid (units, any).
@@ -60,7 +61,7 @@ int processors() {
   return std::clamp(count, 1, kMaxRanges);
 }
 
-Launch make_launch(const Pass& pass) {
+Launch make_launch(const Pass& pass, int value_blocks) {
   const auto [B, T, H, K] = pass.sizes_BTHK;
   Launch p{};
   p.in = pass.in;
@@ -70,6 +71,7 @@ Launch make_launch(const Pass& pass) {
   p.chunks = chunks_of(T);
   p.K = static_cast<int>(K);
   p.V = static_cast<int>(pass.V);
+  p.value_blocks = value_blocks;
   p.scale = static_cast<float>(pass.scale);
   p.carried = static_cast<float*>(pass.workspace);
   p.exact = pass.exact;
@@ -81,7 +83,7 @@ Launch make_launch(const Pass& pass) {
     p.first_token = pass.packing.offsets;
     p.first_chunk = pass.packing.offsets + packed.size();
   }
-  const Plan plan = engine::make_plan(pass, processors());
+  const Plan plan = engine::make_plan(pass, processors() / value_blocks);
   p.ranges = plan.ranges;
   p.parts = plan.parts;
   if (p.ranges > 0) std::copy_n(plan.cut.begin(), p.ranges + 1, p.cut);
@@ -100,7 +102,8 @@ cudaError_t launch(Kernel kernel, Launch p, std::int64_t units, void* stream,
   const auto start = [&](std::int64_t blocks) {
     std::apply(
         [&](const auto&... argument) {
-          kernel<<<static_cast<unsigned>(blocks), Shape::kThreads, kBytes, on>>>(argument..., p);
+          kernel<<<static_cast<unsigned>(blocks * p.value_blocks), Shape::kThreads, kBytes, on>>>(
+              argument..., p);
         },
         arguments);
   };
@@ -114,7 +117,7 @@ cudaError_t launch(Kernel kernel, Launch p, std::int64_t units, void* stream,
   return cudaGetLastError();
 }
 
-// Calls function(keys, values) with the padded dims as constants.
+// Calls function(keys, values) with the padded dims as constants, for dims up to 128.
 template <class Function>
 auto with_padded_dims(std::int64_t K, std::int64_t V, const Function& function) {
   constexpr std::integral_constant<int, 64> k64;
@@ -125,7 +128,18 @@ auto with_padded_dims(std::int64_t K, std::int64_t V, const Function& function) 
   return V <= 64 ? function(k128, k64) : function(k128, k128);
 }
 
+// Larger ones go by blocks of the columns of V: the states of 256 keys fill a block's registers at
+// 64 of them.
+constexpr bool is_large(std::int64_t K, std::int64_t V) { return K > 128 || V > 128; }
+template <class Function>
+auto with_large_dims(std::int64_t K, const Function& function) {
+  if (K > 128)
+    return function(std::integral_constant<int, 256>(), std::integral_constant<int, 64>());
+  return function(std::integral_constant<int, 128>(), std::integral_constant<int, 128>());
+}
+
 int columns_of_panels(std::int64_t K, std::int64_t V) {
+  if (is_large(K, V)) return 64;
   return with_padded_dims(
       K, V, [](auto keys, auto values) { return engine::panel_columns(keys, values); });
 }
@@ -140,6 +154,8 @@ engine::OutputRows output_rows(const ConstTensorView& x) {
   return {static_cast<__nv_bfloat16*>(const_cast<void*>(x.data)), x.strides[1], x.strides[2]};
 }
 
+// kReverse, against time: of large dims alone.
+template <bool kReverse = false>
 Status run_forward(const ConstTensorView& q_view, const ConstTensorView& k_view,
                    const ConstTensorView& v_view, const ConstTensorView& o_view, const Pass& pass,
                    const CudaFused& fused, void* stream) {
@@ -148,17 +164,24 @@ Status run_forward(const ConstTensorView& q_view, const ConstTensorView& k_view,
   EVERLONG_ASSIGN(const CUtensorMap k, cuda::tiles_of(k_view, kChunk, columns));
   EVERLONG_ASSIGN(const CUtensorMap v, cuda::tiles_of(v_view, kChunk, columns));
   EVERLONG_ASSIGN(const CUtensorMap o, cuda::tiles_of(o_view, engine::kOutRows, columns));
-  Launch p = make_launch(pass);
-  p.silu_q = fused.silu_q, p.silu_k = fused.silu_k, p.silu_v = fused.silu_v;
-  p.row_squares = fused.row_squares_BHT;
-  const auto start = [&](auto keys, auto values, auto any) {
-    return launch<engine::Forward<keys, values, any>>(
-        engine::forward_kernel<keys, values, any>, p, pass.sizes_BTHK[0] * pass.sizes_BTHK[2],
-        stream, std::tuple(q, k, v, o, output_rows(o_view)));
+  const auto start = [&](auto keys, auto values, auto any, int value_blocks) {
+    Launch p = make_launch(pass, value_blocks);
+    p.silu_q = fused.silu_q, p.silu_k = fused.silu_k, p.silu_v = fused.silu_v;
+    p.row_squares = fused.row_squares_BHT;
+    return launch<engine::ForwardShape<keys, values, any>>(
+        engine::forward_kernel<keys, values, any, kReverse>, p,
+        pass.sizes_BTHK[0] * pass.sizes_BTHK[2], stream,
+        std::tuple(q, k, v, o, output_rows(o_view)));
   };
-  return as_status(with_padded_dims(p.K, p.V, [&](auto keys, auto values) {
-    return fused.any() ? start(keys, values, std::true_type())
-                       : start(keys, values, std::false_type());
+  const std::int64_t K = pass.sizes_BTHK[3], V = pass.V;
+  if constexpr (!kReverse)
+    if (!is_large(K, V))
+      return as_status(with_padded_dims(K, V, [&](auto keys, auto values) {
+        return fused.any() ? start(keys, values, std::true_type(), 1)
+                           : start(keys, values, std::false_type(), 1);
+      }));
+  return as_status(with_large_dims(K, [&](auto keys, auto values) {
+    return start(keys, values, std::false_type(), static_cast<int>((V + values - 1) / values));
   }));
 }
 
@@ -166,11 +189,10 @@ Status validate(const CudaTensors& call) {
   EVERLONG_RETURN_IF_ERROR(check(call));
   const auto [B, T, H, K] = call.q_BTHK.sizes;
   const std::int64_t V = call.v_BTHV.sizes[3];
-  const auto fits = [](std::int64_t dim) { return dim >= 8 && dim <= 128 && dim % 8 == 0; };
+  const auto fits = [](std::int64_t dim) { return dim >= 8 && dim <= kCudaMaxDim && dim % 8 == 0; };
   if (!fits(K) || !fits(V))
-    return unsupported(
-        "lightning: the Hopper kernel takes head dims of multiples of 8 up to 128; given K = ", K,
-        ", V = ", V);
+    return unsupported("lightning: the Hopper kernel takes head dims of multiples of 8 up to ",
+                       kCudaMaxDim, "; given K = ", K, ", V = ", V);
   // The line of all chunks is counted in 32 bits.
   if (chunks_of(T) + call.sequences() > INT32_MAX / 2 / (B * H))
     return unsupported("lightning: ", call.sequences(), " sequences of ", T, " tokens and ", H,
@@ -182,6 +204,30 @@ StateRows rows_of(const ConstTensorView& x) {
   return {static_cast<float*>(const_cast<void*>(x.data)), x.strides[0], x.strides[1], x.strides[2],
           x.strides[3]};
 }
+StateRows transposed(StateRows state) {
+  std::swap(state.row, state.column);
+  return state;
+}
+
+// dK, dV and the state's gradient in one pass.
+Status run_gradients(const CudaBackward& call, const Pass& pass, void* stream) {
+  const int columns = columns_of_panels(pass.sizes_BTHK[3], pass.V);
+  EVERLONG_ASSIGN(const CUtensorMap q, cuda::tiles_of(call.q_BTHK, kChunk, columns));
+  EVERLONG_ASSIGN(const CUtensorMap k, cuda::tiles_of(call.k_BTHK, kChunk, columns));
+  EVERLONG_ASSIGN(const CUtensorMap v, cuda::tiles_of(call.v_BTHV, kChunk, columns));
+  EVERLONG_ASSIGN(const CUtensorMap grad_o, cuda::tiles_of(call.grad_o_BTHV, kChunk, columns));
+  EVERLONG_ASSIGN(const CUtensorMap grad_k,
+                  cuda::tiles_of(call.grad_k_BTHK, engine::kOutRows, columns));
+  EVERLONG_ASSIGN(const CUtensorMap grad_v,
+                  cuda::tiles_of(call.grad_v_BTHV, engine::kOutRows, columns));
+  const Launch p = make_launch(pass, 1);
+  return as_status(with_padded_dims(p.K, p.V, [&](auto keys, auto values) {
+    return launch<engine::Gradients<keys, values>>(
+        engine::gradients_kernel<keys, values>, p, pass.sizes_BTHK[0] * pass.sizes_BTHK[2], stream,
+        std::tuple(q, k, v, grad_o, grad_k, grad_v, output_rows(call.grad_k_BTHK),
+                   output_rows(call.grad_v_BTHV)));
+  }));
+}
 
 }  // namespace
 
@@ -190,6 +236,10 @@ Status cuda_forward(const CudaForward& call, void* stream) {
                         states[] = {call.state_in_NHKV, call.state_out_NHKV};
   EVERLONG_RETURN_IF_ERROR(validate(
       {call.q_BTHK, call.k_BTHK, call.v_BTHV, {}, like_v, states, call.slope_H, call.packing}));
+  if (call.fused.any() && is_large(call.q_BTHK.sizes[3], call.v_BTHV.sizes[3]))
+    return unsupported("lightning: silu and row squares ride along with head dims up to ",
+                       kCudaMaxFusedDim, "; given K = ", call.q_BTHK.sizes[3],
+                       ", V = ", call.v_BTHV.sizes[3]);
   return run_forward(call.q_BTHK, call.k_BTHK, call.v_BTHV, call.o_BTHV,
                      {call.q_BTHK.sizes, call.v_BTHV.sizes[3], rows_of(call.state_in_NHKV),
                       rows_of(call.state_out_NHKV), call.slope_H, call.scale, call.exact,
@@ -204,40 +254,26 @@ Status cuda_backward(const CudaBackward& call, void* stream) {
                                     call.grad_state_in_NHKV};
   EVERLONG_RETURN_IF_ERROR(validate(
       {call.q_BTHK, call.k_BTHK, call.v_BTHV, like_q, like_v, states, call.slope_H, call.packing}));
-  const int columns = columns_of_panels(call.q_BTHK.sizes[3], call.v_BTHV.sizes[3]);
-  EVERLONG_ASSIGN(const CUtensorMap q, cuda::tiles_of(call.q_BTHK, kChunk, columns));
-  EVERLONG_ASSIGN(const CUtensorMap k, cuda::tiles_of(call.k_BTHK, kChunk, columns));
-  EVERLONG_ASSIGN(const CUtensorMap v, cuda::tiles_of(call.v_BTHV, kChunk, columns));
-  EVERLONG_ASSIGN(const CUtensorMap grad_o, cuda::tiles_of(call.grad_o_BTHV, kChunk, columns));
-  EVERLONG_ASSIGN(const CUtensorMap grad_k,
-                  cuda::tiles_of(call.grad_k_BTHK, engine::kOutRows, columns));
-  EVERLONG_ASSIGN(const CUtensorMap grad_v,
-                  cuda::tiles_of(call.grad_v_BTHV, engine::kOutRows, columns));
+  const std::int64_t K = call.q_BTHK.sizes[3], V = call.v_BTHV.sizes[3];
+  const auto pass = [&](const Sizes& like_q, std::int64_t values, const StateRows& in,
+                        const StateRows& out) {
+    return Pass{like_q,     values,         in,          out, call.slope_H, call.scale,
+                call.exact, call.workspace, call.packing};
+  };
   // dQ is the forward pass of (dO, V, K), whose state is S transposed.
-  StateRows transposed = rows_of(call.state_in_NHKV);
-  std::swap(transposed.row, transposed.column);
-  const Pass for_q{call.v_BTHV.sizes, call.q_BTHK.sizes[3], transposed, {},
-                   call.slope_H,      call.scale,           call.exact, call.workspace,
-                   call.packing};
+  EVERLONG_RETURN_IF_ERROR(run_forward(
+      call.grad_o_BTHV, call.v_BTHV, call.k_BTHK, call.grad_q_BTHK,
+      pass(call.v_BTHV.sizes, K, transposed(rows_of(call.state_in_NHKV)), {}), {}, stream));
+  const StateRows grad_state = rows_of(call.grad_state_NHKV),
+                  grad_state_in = rows_of(call.grad_state_in_NHKV);
+  const Pass for_v = pass(call.q_BTHK.sizes, V, grad_state, grad_state_in);
+  if (!is_large(K, V)) return run_gradients(call, for_v, stream);
+  // dK first: the state's gradient may be written over that of the final state.
   EVERLONG_RETURN_IF_ERROR(
-      run_forward(call.grad_o_BTHV, call.v_BTHV, call.k_BTHK, call.grad_q_BTHK, for_q, {}, stream));
-  const Pass for_k_and_v{call.q_BTHK.sizes,
-                         call.v_BTHV.sizes[3],
-                         rows_of(call.grad_state_NHKV),
-                         rows_of(call.grad_state_in_NHKV),
-                         call.slope_H,
-                         call.scale,
-                         call.exact,
-                         call.workspace,
-                         call.packing};
-  const Launch p = make_launch(for_k_and_v);
-  return as_status(with_padded_dims(p.K, p.V, [&](auto keys, auto values) {
-    return launch<engine::Gradients<keys, values>>(
-        engine::gradients_kernel<keys, values>, p, call.q_BTHK.sizes[0] * call.q_BTHK.sizes[2],
-        stream,
-        std::tuple(q, k, v, grad_o, grad_k, grad_v, output_rows(call.grad_k_BTHK),
-                   output_rows(call.grad_v_BTHV)));
-  }));
+      run_forward<true>(call.v_BTHV, call.grad_o_BTHV, call.q_BTHK, call.grad_k_BTHK,
+                        pass(call.v_BTHV.sizes, K, transposed(grad_state), {}), {}, stream));
+  return run_forward<true>(call.k_BTHK, call.q_BTHK, call.grad_o_BTHV, call.grad_v_BTHV, for_v, {},
+                           stream);
 }
 
 void cuda_offsets(std::span<const std::int64_t> cu_seqlens, std::span<std::int32_t> offsets) {

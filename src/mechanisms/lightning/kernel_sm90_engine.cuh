@@ -7,39 +7,32 @@
 // Bound by memory: 1024 bytes a token and head at K = V = 128 against 98 kFLOP.
 #pragma once
 #include "mechanisms/lightning/kernel_sm90_fused.cuh"
+#include "mechanisms/lightning/kernel_sm90_shape.cuh"
 
 namespace everlong::lightning::engine {
 
 // kFused: with what kernel_sm90_fused.cuh adds. Each warpgroup then turns what passes it, and a
 // stage is full once k and v are turned; the one that makes O takes q into registers.
-template <int kKeys, int kValues, bool kFused>
+// kReverse: against time, as the gradients of v, from (K, Q, dO), and of k, from (V, dO, Q), are
+// made where one pass cannot hold both (kernel_sm90_gradients.cuh has the formulas).
+template <int kKeys, int kValues, bool kFused, bool kReverse>
 struct Forward {
-  static_assert(kKeys % 32 == 0 && kValues % 32 == 0);
-  static constexpr int kColumns = panel_columns(kKeys, kValues);  // of a panel
-  using Panel = hopper::Panel<kColumns>;
-  static constexpr int kPanel = kChunk * Panel::kRow, kOutPanel = kOutRows * Panel::kRow;
-  static constexpr int kKeyPanels = Panel::of(kKeys), kValuePanels = Panel::of(kValues);
-  static constexpr int kStateGroups = groups_of(kKeys);
-  static constexpr int kThreads = (2 + kStateGroups) * kWarpgroup;
-  static constexpr int kKeyTile = kPanel * kKeyPanels, kValueTile = kPanel * kValuePanels;
-  static constexpr int kStage = 2 * kKeyTile + kValueTile;  // q, k, v
-  // 2 and 3 stages of 48 KB differ by less than 1 %; 144 KB in flight ride out more jitter.
-  static constexpr int kStages = kStage > 40 * 1024 ? 3 : kStage > 24 * 1024 ? 4 : 6;
-  static constexpr int kStatePanel =
-      groups_of(kKeys) * 64 * Panel::kRow;  // all rows of S x 64 columns
-
-  struct Shared {
-    alignas(1024) unsigned char stage[kStages][kStage];
-    unsigned char state[kValuePanels * kStatePanel];
-    unsigned char out[4][kValuePanels * kOutPanel];
-    Barriers<kStages> barriers;
-  };
+  static_assert(!(kFused && kReverse));
+  using Shape = ForwardShape<kKeys, kValues, kFused>;
+  using Panel = Shape::Panel;
+  using Shared = Shape::Shared;
+  static constexpr int kColumns = Shape::kColumns, kPanel = Shape::kPanel,
+                       kKeyPanels = Shape::kKeyPanels, kValuePanels = Shape::kValuePanels,
+                       kKeyTile = Shape::kKeyTile, kValueTile = Shape::kValueTile,
+                       kStage = Shape::kStage, kStages = Shape::kStages,
+                       kStateGroups = Shape::kStateGroups, kStatePanel = Shape::kStatePanel;
 
   struct Maps {
     const CUtensorMap &q, &k, &v, &o;
   };
 
   __device__ static void copy_tiles(const Maps& maps, const Launch& p, Shared& shared) {
+    const int first_column = first_value<kValues>(p);
     Ring<kStages> ring;
     Walk walk(p);
     for (Segment s; walk.next(s);)
@@ -48,10 +41,10 @@ struct Forward {
         unsigned char* const stage = shared.stage[ring.stage];
         barrier_wait(&shared.barriers.empty[ring.stage], ring.parity ^ 1);
         const bool computed = chunk >= s.first;
-        const int token = s.token + token_of<false>(s, chunk);
+        const int token = s.token + token_of<kReverse>(s, chunk);
         std::uint64_t* const full =
             shared.barriers.expect(ring.stage, computed ? kStage : kKeyTile + kValueTile,
-                                   kFused || is_tail<false>(p, s, chunk));
+                                   kFused || is_tail<kReverse>(p, s, chunk));
         unsigned char* to = stage;
         for (int panel = 0; panel < kKeyPanels; ++panel, to += kPanel) {
           if (computed) load_box(to, &maps.q, full, panel * kColumns, token, s.head, s.batch);
@@ -59,7 +52,7 @@ struct Forward {
         }
         to += kKeyTile;
         for (int panel = 0; panel < kValuePanels; ++panel, to += kPanel)
-          load_box(to, &maps.v, full, panel * kColumns, token, s.head, s.batch);
+          load_box(to, &maps.v, full, first_column + panel * kColumns, token, s.head, s.batch);
       }
   }
 
@@ -70,7 +63,7 @@ struct Forward {
     for (Segment s; walk.next(s);)
 #pragma unroll 1
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
-        const int length = p.first_chunk == nullptr ? kChunk : length_of<false>(s, chunk);
+        const int length = p.first_chunk == nullptr ? kChunk : length_of<kReverse>(s, chunk);
         barrier_wait(&shared.barriers.loaded[ring.stage], ring.parity);
         turn_values<Panel, kValueTile>(shared.stage[ring.stage] + 2 * kKeyTile, p.silu_v, length);
         shared_writes_fence();
@@ -79,34 +72,22 @@ struct Forward {
       }
   }
 
-  using Queries = std::uint32_t[kKeys / 16][4];  // a warp's 16 rows, as products take them
-
-  __device__ static void load_queries(Queries& queries, std::uint32_t tile) {
-    const int lane = lane_of_warp(), row = warp_of_group() * 16 + lane % 16;
-#pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) {
-      const int piece = 2 * i + lane / 16;
-      load_pieces(queries[i], tile + piece / Panel::kPieces * kPanel + Panel::place(row, piece));
-    }
-  }
-
   __device__ static void make_output(const Maps& maps, const OutputRows& o, const Launch& p,
                                      Shared& shared) {
-    const int lane = lane_of_warp();
+    const int lane = lane_of_warp(), first_column = first_value<kValues>(p);
     const std::uint64_t state = Panel::operand(shared_address(shared.state), kStatePanel);
     Ring<kStages> ring;
     std::uint32_t state_parity = 0;
-    [[maybe_unused]] Queries queries;
+    [[maybe_unused]] Queries<kKeys> queries;
     [[maybe_unused]] bool is_ahead = false;  // they are those of the chunk that comes
     Walk walk(p);
     for (Segment s; walk.next(s);) {
       [[maybe_unused]] float* const row_squares = row_squares_of(p, s);
       const float rate = -1.44269504f * s.slope;
       float decay[kChunk / 2];
-      fill_decay<false>(decay, p.scale, rate);
-      const float from_state[2] = {
-          p.scale * exp2f(rate * static_cast<float>(accumulator_row(0) + 1)),
-          p.scale * exp2f(rate * static_cast<float>(accumulator_row(2) + 1))};
+      fill_decay<kReverse>(decay, p.scale, rate);
+      float from_state[2];
+      if constexpr (!kReverse) fill_from_state<false>(from_state, p.scale, rate, kChunk);
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
         barrier_wait(&shared.barriers.full[ring.stage], ring.parity);
         if (chunk < s.first) {
@@ -119,7 +100,7 @@ struct Forward {
         float scores[kChunk / 2], sum[kValues / 2];
         if constexpr (kFused)
           if (!is_ahead) {
-            load_queries(queries, tile);
+            load_queries<Panel>(queries, tile);
             if (p.silu_q) silu(queries);
           }
         wgmma_fence();
@@ -148,6 +129,8 @@ struct Forward {
         settle(sum);
         if (lane == 0) barrier_arrive(&shared.barriers.state_empty);
         state_parity ^= 1;
+        if constexpr (kReverse)
+          fill_from_state<true>(from_state, p.scale, rate, length_of<true>(s, chunk));
 #pragma unroll
         for (int i = 0; i < kValues / 2; ++i) sum[i] *= from_state[i % 4 / 2];
         settle(sum);
@@ -161,17 +144,17 @@ struct Forward {
           after.next();
           is_ahead = chunk + 1 < s.last &&
                      barrier_passed(&shared.barriers.loaded[after.stage], after.parity);
-          if (is_ahead) load_queries(queries, shared_address(shared.stage[after.stage]));
+          if (is_ahead) load_queries<Panel>(queries, shared_address(shared.stage[after.stage]));
         }
         wgmma_wait<0>();
         settle(sum);
         if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
         if constexpr (kFused) {
           if (is_ahead && p.silu_q) silu(queries);
-          store_row_squares(sum, row_squares, token_of<false>(s, chunk), s.tokens);
+          store_row_squares(sum, row_squares, token_of<kReverse>(s, chunk), s.tokens);
         }
-        store_rows<Panel>(sum, shared.out[warp_of_group()], maps.o, o, p.V,
-                          p.first_chunk != nullptr, token_of<false>(s, chunk), s);
+        store_rows<Panel>(sum, shared.out[warp_of_group()], maps.o, o, first_column, p.V,
+                          p.first_chunk != nullptr, token_of<kReverse>(s, chunk), s);
       }
     }
     if (lane == 0) store_wait_read();
@@ -211,20 +194,20 @@ struct Forward {
     [[maybe_unused]] Columns keys;
     [[maybe_unused]] bool is_ready = false;  // the first chunk of the segment that comes
     const auto length = [&](const Segment& s, int chunk) {
-      return kFused && p.first_chunk == nullptr ? kChunk : length_of<false>(s, chunk);
+      return kFused && p.first_chunk == nullptr ? kChunk : length_of<kReverse>(s, chunk);
     };
     Walk walk(p);
     Segment s;
     for (bool has_more = walk.next(s); has_more;) {
       float sum[kValues / 2];
       read_state(sum, start_of(p, s), first_row, p);
-      Weights<false> weights;
+      Weights<kReverse> weights;
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
         if constexpr (kFused)
           if (!is_ready) take_keys(keys, p, shared, ring, first_row, length(s, chunk));
         if (chunk >= s.first && !(kFused && is_ready)) show(sum);
         is_ready = false;
-        weights.fit(length_of<false>(s, chunk), s.slope, p.scale);
+        weights.fit(length_of<kReverse>(s, chunk), s.slope, p.scale);
         barrier_wait(&shared.barriers.full[ring.stage], ring.parity);
         const std::uint32_t tile = shared_address(shared.stage[ring.stage]);
         const std::uint64_t v = Panel::operand(tile + 2 * kKeyTile, kPanel);
@@ -259,33 +242,31 @@ struct Forward {
     __syncthreads();
     // Uniform for the compiler too, else it serialises the products.
     const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-    // Together no more than the block starts with: 504 for one thread of each of three groups, 512
-    // of four.
     if (role == 0) {
-      registers_down<kFused ? 48 : 24>();
+      registers_down<Shape::kRegisters.copy>();
       if (threadIdx.x == 0) copy_tiles(maps, p, shared);
       if (kFused && threadIdx.x >= 32) turn_all_values(p, shared);
       if (!kFused && threadIdx.x / 32 == 1)
-        clear_tails<false, Panel>(p, shared.stage, shared.barriers);
+        clear_tails<kReverse, Panel>(p, shared.stage, shared.barriers);
     } else if (role == 1) {
-      registers_up<kStateGroups == 1 ? (kFused ? 224 : 240) : kFused ? 208 : 184>();
+      registers_up<Shape::kRegisters.output>();
       make_output(maps, o, p, shared);
     } else {
-      if constexpr (kFused && kStateGroups == 2)
-        registers_down<128>();
+      if constexpr (Shape::kRegisters.state <= Shape::kRegisters.at_start)
+        registers_down<Shape::kRegisters.state>();
       else
-        registers_up<kStateGroups == 1 ? (kFused ? 216 : 240) : 152>();
+        registers_up<Shape::kRegisters.state>();
       carry_state(p, shared, role - 2);
     }
   }
 };
 
-template <int kKeys, int kValues, bool kFused>
-__global__ void __launch_bounds__((2 + groups_of(kKeys)) * kWarpgroup, 1)
+template <int kKeys, int kValues, bool kFused, bool kReverse>
+__global__ void __launch_bounds__(ForwardShape<kKeys, kValues, kFused>::kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
                    const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap o,
                    const __grid_constant__ OutputRows o_rows, const __grid_constant__ Launch p) {
-  using F = Forward<kKeys, kValues, kFused>;
+  using F = Forward<kKeys, kValues, kFused, kReverse>;
   extern __shared__ __align__(1024) unsigned char memory[];
   F::run({q, k, v, o}, o_rows, p, *reinterpret_cast<typename F::Shared*>(memory));
 }

@@ -53,6 +53,21 @@ __device__ __forceinline__ void silu_of_tile(unsigned char* tile) {
   }
 }
 
+template <int kKeys>
+using Queries = std::uint32_t[kKeys / 16][4];  // a warp's 16 rows of q, as products take them
+
+template <class Panel, int kSteps>
+__device__ __forceinline__ void load_queries(std::uint32_t (&queries)[kSteps][4],
+                                             std::uint32_t tile) {
+  const int lane = lane_of_warp(), row = warp_of_group() * 16 + lane % 16;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const int piece = 2 * i + lane / 16;
+    load_pieces(queries[i],
+                tile + piece / Panel::kPieces * kChunk * Panel::kRow + Panel::place(row, piece));
+  }
+}
+
 // What is left of two tokens next to each other, of which `left` belong to the sequence.
 __device__ __forceinline__ std::uint32_t first_of(std::uint32_t pair, int left) {
   return left >= 2 ? pair : left == 1 ? pair & 0xffffu : 0;

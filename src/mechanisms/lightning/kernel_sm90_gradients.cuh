@@ -115,11 +115,8 @@ struct Gradients {
         settle(sum);
         if (lane == 0) barrier_arrive(&shared.barriers.state_empty);
         state_parity ^= 1;
-        // Rows past the end come to nothing: their a is 1, their x is zero.
-        const int left = length_of<true>(s, chunk) - 1;
-        const float from_state[2] = {
-            exp2f(rate * static_cast<float>(max(left - accumulator_row(0), 0))),
-            exp2f(rate * static_cast<float>(max(left - accumulator_row(2), 0)))};
+        float from_state[2];
+        fill_from_state<true>(from_state, p.scale, rate, length_of<true>(s, chunk));
 #pragma unroll
         for (int i = 0; i < kOut / 2; ++i) sum[i] *= from_state[i % 4 / 2];
         settle(sum);
@@ -131,7 +128,7 @@ struct Gradients {
         wgmma_wait<0>();
         settle(sum);
         if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
-        store_rows<Panel>(sum, staged, out, rows, kIsKeyGradient ? p.K : p.V,
+        store_rows<Panel>(sum, staged, out, rows, 0, kIsKeyGradient ? p.K : p.V,
                           p.first_chunk != nullptr, token_of<true>(s, chunk), s);
       }
     }

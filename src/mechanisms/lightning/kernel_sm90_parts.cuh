@@ -30,15 +30,16 @@ template <int kCount, class Visit, class Visit2>
 __device__ __forceinline__ void for_state(const StateRows& state, int first_row, const Launch& p,
                                           const Visit& visit, const Visit2& visit2) {
   if (state.data == nullptr) return;
-  const int row = first_row + accumulator_row(0);
-  float* at = state.data + row * state.row + accumulator_column(0) * state.column;
+  const int row = first_row + accumulator_row(0), first_column = first_value<2 * kCount>(p),
+            columns = p.V - first_column;
+  float* at = state.data + row * state.row + (first_column + accumulator_column(0)) * state.column;
   const bool pairs = state.column == 1 && (state.row | p.V) % 2 == 0 &&
                      reinterpret_cast<std::uintptr_t>(state.data) % 8 == 0;
   if (pairs) {
 #pragma unroll
     for (int i = 0; i < kCount; i += 4, at += 8) {
       asm volatile("" : "+l"(at));
-      if (accumulator_column(i) < p.V) {
+      if (accumulator_column(i) < columns) {
         if (row < p.K) visit2(i, reinterpret_cast<float2*>(at));
         if (row + 8 < p.K) visit2(i + 2, reinterpret_cast<float2*>(at + 8 * state.row));
       }
@@ -50,7 +51,7 @@ __device__ __forceinline__ void for_state(const StateRows& state, int first_row,
     asm volatile("" : "+l"(at));
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      if (row + e / 2 * 8 < p.K && accumulator_column(i + e) < p.V)
+      if (row + e / 2 * 8 < p.K && accumulator_column(i + e) < columns)
         visit(i + e, at + e / 2 * 8 * state.row + e % 2 * state.column);
   }
 }
@@ -88,12 +89,14 @@ __device__ __forceinline__ void write_tile(const float (&sum)[kCount], std::uint
                  pack(sum[8 * i + 4], sum[8 * i + 5]), pack(sum[8 * i + 6], sum[8 * i + 7]));
 }
 
-// The warp's 16 rows of an output chunk, by way of its own panels `staged`. Where a packed sequence
-// ends within them and another may follow, lanes store what is left of them.
+// The warp's 16 rows of an output chunk, from first_column on, by way of its own panels `staged`.
+// Where a packed sequence ends within them and another may follow, lanes store what is left of
+// them.
 template <class Panel, int kCount>
 __device__ __forceinline__ void store_rows(const float (&sum)[kCount], unsigned char* staged,
                                            const CUtensorMap& map, const OutputRows& rows,
-                                           int columns, bool packed, int token, const Segment& s) {
+                                           int first_column, int columns, bool packed, int token,
+                                           const Segment& s) {
   constexpr int kPanel = kOutRows * Panel::kRow, kColumns = Panel::kRow / 2;
   if (lane_of_warp() == 0) store_wait_read();  // of the chunk before
   __syncwarp();
@@ -109,14 +112,15 @@ __device__ __forceinline__ void store_rows(const float (&sum)[kCount], unsigned 
       const int row = i / kPieces, piece = i % kPieces;
       const unsigned char* from =
           staged + piece / Panel::kPieces * kPanel + Panel::place(row, piece);
-      if (piece * 8 < columns)
+      if (first_column + piece * 8 < columns)
         *reinterpret_cast<uint4*>(rows.data + (s.token + token + row) * rows.token +
-                                  s.head * rows.head + piece * 8) =
+                                  s.head * rows.head + first_column + piece * 8) =
             *reinterpret_cast<const uint4*>(from);
     }
   } else if (lane_of_warp() == 0) {
     for (int panel = 0; panel < Panel::of(2 * kCount); ++panel)
-      store_box(&map, staged + panel * kPanel, panel * kColumns, s.token + token, s.head, s.batch);
+      store_box(&map, staged + panel * kPanel, first_column + panel * kColumns, s.token + token,
+                s.head, s.batch);
     store_commit();
   }
 }
@@ -138,6 +142,19 @@ __device__ __forceinline__ void fill_decay(float (&decay)[kChunk / 2], float sca
     const float i_minus_j = first + static_cast<float>(further);
     const float apart = kReverse ? -i_minus_j : i_minus_j;
     decay[i] = apart >= 0 ? scale * power_of_2(rate * apart) : 0.0f;
+  }
+}
+
+// What a row of an output takes from the state: a of this thread's two rows. length: of the chunk;
+// rows past its end come to nothing against time, as all that is multiplied with theirs is zero.
+template <bool kReverse>
+__device__ __forceinline__ void fill_from_state(float (&a)[2], float scale, float rate,
+                                                int length) {
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int row = accumulator_row(2 * e);
+    a[e] = kReverse ? exp2f(rate * static_cast<float>(max(length - 1 - row, 0)))
+                    : scale * exp2f(rate * static_cast<float>(row + 1));
   }
 }
 

@@ -49,6 +49,7 @@ struct Launch {
   // but the last part, where only the state is wanted, from nothing; later each part from the state
   // that `carried` [units, parts, K, V] then holds. The first is not needed when parts = 1.
   int ranges, parts;
+  int value_blocks;        // neighbouring blocks take the columns of V in turn, of the same chunks
   bool state_only, exact;  // exact: a part's own state is made from all its chunks
   float* carried;
   // Of the forward pass alone: q, k, v become x / (1 + exp(-x)) as they are read; null or
@@ -71,7 +72,7 @@ struct Segment {
 class Walk {
  public:
   __device__ explicit Walk(const Launch& launch) : p(launch) {
-    const int block = static_cast<int>(blockIdx.x);
+    const int block = static_cast<int>(blockIdx.x) / p.value_blocks;
     if (p.ranges > 0) {
       position_ = p.cut[block];
       end_ = p.cut[block + 1];
@@ -141,6 +142,12 @@ __device__ int token_of(const Segment& s, int chunk) {
 template <bool kReverse>
 __device__ int length_of(const Segment& s, int chunk) {
   return min(kChunk, s.tokens - token_of<kReverse>(s, chunk));
+}
+
+// The first column of V of this block.
+template <int kValues>
+__device__ __forceinline__ int first_value(const Launch& p) {
+  return p.value_blocks == 1 ? 0 : static_cast<int>(blockIdx.x) % p.value_blocks * kValues;
 }
 
 // Which stage comes next, and the parity of its phase.

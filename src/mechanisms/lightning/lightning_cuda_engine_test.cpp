@@ -37,8 +37,10 @@ TEST_F(LightningHopper, BackwardIsRightAtEveryLengthOfTheTail) {
 }
 
 TEST_F(LightningHopper, HeadDimsAreFreeAndNeedNotAgree) {
-  const std::pair<int, int> dims[] = {{8, 8},   {16, 128}, {64, 64}, {64, 128}, {128, 64},
-                                      {96, 96}, {72, 40},  {72, 88}, {120, 16}, {40, 72}};
+  const std::pair<int, int> dims[] = {{8, 8},     {16, 128},  {64, 64},   {64, 128}, {128, 64},
+                                      {96, 96},   {72, 40},   {72, 88},   {120, 16}, {40, 72},
+                                      {256, 128}, {128, 256}, {256, 256}, {192, 72}, {136, 8},
+                                      {40, 136},  {256, 64}};
   for (const auto& [K, V] : dims) {
     expect_forward_right({.K = K, .V = V});
     expect_backward_right({.K = K, .V = V});
@@ -48,14 +50,17 @@ TEST_F(LightningHopper, HeadDimsAreFreeAndNeedNotAgree) {
 // A sequence much longer than the decay: ranges of all processors, warmed up; then parts with
 // carried states; then one block alone.
 TEST_F(LightningHopper, LongLinesAreCutInEveryWay) {
-  Case c{.B = 1, .T = 64 * 140 + 37, .H = 2, .K = 64, .V = 64, .slope = {0.3, 0.05}};
-  for (const bool exact : {false, true})
-    for (const bool workspace : {false, true}) {
-      c.exact = exact;
-      c.workspace = workspace;
-      expect_forward_right(c);
-      expect_backward_right(c);
-    }
+  Case c{.B = 1, .T = 64 * 140 + 37, .H = 2, .slope = {0.3, 0.05}};
+  for (const auto& [K, V] : {std::pair(64, 64), std::pair(192, 72)})
+    for (const bool exact : {false, true})
+      for (const bool workspace : {false, true}) {
+        c.K = K, c.V = V;
+        c.exact = exact;
+        c.workspace = workspace;
+        expect_forward_right(c);
+        expect_backward_right(c);
+      }
+  c.K = c.V = 64;
   c.slope = {0, 1e-5};  // nothing is ever forgotten
   c.exact = false;
   expect_forward_right(c);
@@ -166,7 +171,8 @@ TEST_F(LightningHopper, PackedSequencesKeepToThemselves) {
   Case c{.B = 1, .cu_seqlens = {0, 1, 65, 193, 194, 258, 700, 717}};
   c.T = c.cu_seqlens.back();
   for (const bool exact : {false, true})
-    for (const auto& [K, V] : {std::pair(128, 128), std::pair(64, 64), std::pair(40, 96)}) {
+    for (const auto& [K, V] : {std::pair(128, 128), std::pair(64, 64), std::pair(40, 96),
+                               std::pair(256, 128), std::pair(104, 200)}) {
       c.exact = exact;
       c.K = K, c.V = V;
       expect_forward_right(c);
@@ -229,8 +235,12 @@ TEST(LightningHopperRefuses, WhatDoesNotFit) {  // before any work: needs no dev
   };
   expect_refused("a head dim of 12",
                  [](CudaForward& c) { c.q_BTHK.sizes[3] = c.k_BTHK.sizes[3] = 12; });
-  expect_refused("a head dim of 256",
-                 [](CudaForward& c) { c.q_BTHK.sizes[3] = c.k_BTHK.sizes[3] = 256; });
+  expect_refused("a head dim of 264",
+                 [](CudaForward& c) { c.q_BTHK.sizes[3] = c.k_BTHK.sizes[3] = 264; });
+  expect_refused("silu at a head dim of 256", [](CudaForward& c) {
+    c.q_BTHK.sizes[3] = c.k_BTHK.sizes[3] = 256;
+    c.fused.silu_q = true;
+  });
   expect_refused("no tokens", [](CudaForward& c) {
     c.q_BTHK.sizes[1] = c.k_BTHK.sizes[1] = c.v_BTHV.sizes[1] = c.o_BTHV.sizes[1] = 0;
   });

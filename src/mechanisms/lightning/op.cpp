@@ -192,7 +192,7 @@ Attention run(const Tensor& q, const Tensor& k, const Tensor& v, const Decay& de
               at::IntArrayRef cu_seqlens, const std::optional<Tensor>& state_in, Path path,
               const Fusion& fusion) {
   const bool on_gpu = path == Path::kAuto && q.is_cuda() && q.size(1) > 0;
-  if (on_gpu && (!fusion.any() || takes_engine(q, v, cu_seqlens)))
+  if (on_gpu && (!fusion.any() || takes_fusion(q, v, cu_seqlens)))
     if (const auto result = try_cuda(q, k, v, decay, cu_seqlens, state_in, fusion)) return *result;
   if (fusion.any()) {
     Attention result = run(silu_where(fusion.silu_q, q), silu_where(fusion.silu_k, k),

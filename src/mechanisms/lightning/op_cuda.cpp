@@ -203,26 +203,28 @@ struct KernelForm : torch::autograd::Function<KernelForm> {
 
 std::string why_not_engine(at::Device device, at::ScalarType dtype, std::int64_t heads,
                            std::int64_t key_dim, std::int64_t value_dim) {
-  const auto fits = [](std::int64_t dim) { return dim >= 8 && dim <= 128 && dim % 8 == 0; };
+  const auto fits = [](std::int64_t dim) { return dim >= 8 && dim <= kCudaMaxDim && dim % 8 == 0; };
   if (!device.is_cuda()) return "not on a GPU";
   if (compute_capability(device) != 90)
     return "the GPU is not Hopper (sm_90), or this build has no CUDA";
   if (dtype != at::kBFloat16) return "it takes bf16 only";
-  if (!fits(key_dim) || !fits(value_dim)) return "head dims must be multiples of 8 up to 128";
+  if (!fits(key_dim) || !fits(value_dim))
+    return cat("head dims must be multiples of 8 up to ", kCudaMaxDim);
   if (heads > kCudaMaxHeads) return cat("more than ", kCudaMaxHeads, " heads");
   return {};
 }
 
-bool takes_engine(const Tensor& q, const Tensor& v, at::IntArrayRef cu_seqlens) {
+bool takes_fusion(const Tensor& q, const Tensor& v, at::IntArrayRef cu_seqlens) {
   const bool is_step = cu_seqlens.empty() && q.size(1) == 1;
   return !is_step && q.numel() > 0 && v.numel() > 0 &&
+         std::max(q.size(3), v.size(3)) <= kCudaMaxFusedDim &&
          why_not_engine(q.device(), q.scalar_type(), q.size(2), q.size(3), v.size(3)).empty();
 }
 
 bool takes_cuda_sweep(at::Device device, at::ScalarType dtype, std::int64_t heads,
                       std::int64_t key_dim, std::int64_t value_dim) {
   return device.is_cuda() && runs_here(device) && dtype != at::kDouble && heads <= kCudaMaxHeads &&
-         key_dim <= kCudaSweepMaxDim && value_dim <= kCudaSweepMaxDim;
+         key_dim <= kCudaMaxDim && value_dim <= kCudaMaxDim;
 }
 
 std::optional<Attention> try_cuda(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,

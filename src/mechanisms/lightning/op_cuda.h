@@ -15,8 +15,8 @@ std::optional<Attention> try_cuda(const at::Tensor& q_BTHK, const at::Tensor& k_
                                   const std::optional<at::Tensor>& state_NHKV,
                                   const Fusion& fusion);
 
-// Whether try_cuda() runs these on Hopper's chunk engine, which alone takes a fusion.any().
-bool takes_engine(const at::Tensor& q_BTHK, const at::Tensor& v_BTHV, at::IntArrayRef cu_seqlens);
+// Whether try_cuda() takes a fusion.any(): on Hopper's chunk engine, dims up to kCudaMaxFusedDim.
+bool takes_fusion(const at::Tensor& q_BTHK, const at::Tensor& v_BTHV, at::IntArrayRef cu_seqlens);
 
 // Why calls of several tokens do not run on Hopper's chunk engine; empty: they do.
 std::string why_not_engine(at::Device device, at::ScalarType dtype, std::int64_t heads,
