@@ -101,10 +101,15 @@ def competitors(torch, peers):
     return forms
 
 
-def gate(torch, forms, heads, dim, slopes, scale, train):
+def inputs_of(torch, batch, tokens, heads, key_dim, value_dim):
+    return [torch.randn(batch, tokens, heads, dim, device="cuda", dtype=torch.bfloat16)
+            for dim in (key_dim, key_dim, value_dim)]
+
+
+def gate(torch, forms, heads, key_dim, value_dim, slopes, scale, train):
     """max relative norm error of outputs and, where asked, gradients, over 300 tokens; by name."""
     torch.manual_seed(1)
-    q, k, v = (torch.randn(2, 300, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = inputs_of(torch, 2, 300, heads, key_dim, value_dim)
     weight = torch.randn_like(v)
     expected, _ = recurrence(torch, q, k, v, slopes, scale)
     wanted = None

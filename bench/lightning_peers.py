@@ -25,7 +25,7 @@ import argparse, json, statistics, subprocess, sys
 
 from counts import count_by_1024
 from lightning_forms import (TOLERANCE, Authors, WriteBehind, alibi, competitors, everlong_form, gate, gate_far,
-                             gate_fused, gate_write_behind, relative)
+                             gate_fused, gate_write_behind, inputs_of, relative)
 
 HEADS, DIM = 32, 128
 SHAPES = "128x1K,32x4K,8x16K,2x64K,1x128K"
@@ -34,10 +34,10 @@ SHAPES = "128x1K,32x4K,8x16K,2x64K,1x128K"
 class Timer:
     def __init__(self, torch):
         self.torch = torch
-        self.flush = torch.empty(256 * 1024**2, dtype=torch.int8, device="cuda")  # well above the level 2 cache
+        self.flush = torch.zeros(64 * 1024**2, device="cuda")  # 256 MiB, well above the level 2 cache
 
     def once(self, run):
-        self.flush.zero_()
+        self.flush.sum()  # by reading: what is written would have to leave the cache in the time that is measured
         self.torch.cuda._sleep(500_000)  # 0.3 ms in which the host gets ahead: what is timed is the device
         start, stop = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -94,22 +94,19 @@ def packed(torch, timer, everlong, heads, dim, slopes, scale, sequences, longest
     return offsets[-1], median["packed"], median["dense"] * offsets[-1] / tokens, error
 
 
-def inputs_of(torch, shape):
-    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-
-
 def runs_of(torch, task, forms, q, k, v, slopes, scale, final_state):
     """({name: what to time}, least bytes that have to move)"""
-    batch, tokens, heads, dim = q.shape
-    elements, state_bytes = q.numel(), 4 * batch * heads * dim**2
+    batch, heads, dim = q.shape[0], q.shape[2], v.shape[3]
+    keys, values, state_bytes = 2 * q.numel(), 2 * v.numel(), 4 * batch * heads * q.shape[3] * dim
+    forward = 2 * keys + 2 * values
     if task == "forward":
         runs = {n: (lambda f=f: f(q, k, v, slopes, scale, final_state=final_state)) for n, f in forms.items()
                 if not isinstance(f, Authors) or f.takes(q)}
-        return runs, 8 * elements + final_state * state_bytes
+        return runs, forward + final_state * state_bytes
     if task == "fused":
         ours, riders = forms["everlong"], {"silu_q": True, "silu_k": True, "silu_v": True, "row_squares": True}
         return {"everlong": lambda: ours(q, k, v, slopes, scale),
-                "fused": lambda: ours(q, k, v, slopes, scale, **riders)}, 8 * elements + state_bytes
+                "fused": lambda: ours(q, k, v, slopes, scale, **riders)}, forward + state_bytes
     if task == "step":
         state = torch.randn(batch, heads, dim, dim, device="cuda")
         runs = {n: (lambda f=f: f(q, k, v, slopes, scale, state)) for n, f in forms.items()
@@ -117,7 +114,7 @@ def runs_of(torch, task, forms, q, k, v, slopes, scale, final_state):
         behind = WriteBehind(torch, batch, heads, dim, state)
         behind.waiting = (torch.arange(batch, device="cuda") % behind.ring).int()
         runs["write_behind"] = lambda: behind(q, k, v, slopes, scale)
-        return runs, 8 * elements + 2 * state_bytes
+        return runs, forward + 2 * state_bytes
     weight = torch.randn_like(v)
 
     def train(form):
@@ -131,12 +128,12 @@ def runs_of(torch, task, forms, q, k, v, slopes, scale, final_state):
         elif form.takes(q):
             leaves = form.leaves(q, k, v, scale)
             runs[name] = lambda f=form, x=leaves: f.train(x, slopes, weight)
-    return runs, 22 * elements  # forward 4 streams; backward reads 4, writes 3
+    return runs, forward + 4 * keys + 3 * values  # backward reads q, k, v, dO, writes dq, dk, dv
 
 
 def check(torch, task, forms, args, slopes, scale):
     """Prints what is wrong of ours; ({name: error}, whether all is right)."""
-    errors = gate(torch, forms, args.heads, args.head_dim, slopes, scale, task == "train")
+    errors = gate(torch, forms, args.heads, args.key_dim, args.head_dim, slopes, scale, task == "train")
     wrong = [f"relative norm error {errors['everlong']:.2e}"] if not errors["everlong"] <= TOLERANCE else []
     if task == "fused":
         errors["fused"] = gate_fused(torch, forms["everlong"], args.heads, args.head_dim, slopes, scale)
@@ -177,18 +174,23 @@ def main():
     parser.add_argument("--sessions", default="1,64,512", help="for step")
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--head-dim", type=int, default=DIM)
+    parser.add_argument("--key-dim", type=int, help="of q and k, if another: LRPE 256 (forward and train alone)")
     parser.add_argument("--factors", default="1", help="layer factors on the ALiBi slopes")
     parser.add_argument("--no-state", action="store_true", help="forward without the final state")
     parser.add_argument("--seconds", type=float, default=1.0, help="a case")
     parser.add_argument("--json", help="file of one JSON object a line")
     args = parser.parse_args()
+    args.key_dim = args.key_dim or args.head_dim
+    if args.key_dim != args.head_dim and not set(args.passes.split(",")) <= {"forward", "train"}:
+        parser.error("--key-dim: only with --pass forward,train")
 
     import torch
     torch.ops.load_library(args.library)
     forms = everlong_form(torch) if args.alone else competitors(torch, args.peers)
     timer = Timer(torch)
     scale, bandwidth = args.head_dim**-0.5, copy_bandwidth(torch, timer)
-    print(f"{torch.cuda.get_device_name()}; copy {bandwidth / 1e12:.2f} TB/s; H {args.heads}, d {args.head_dim}",
+    print(f"{torch.cuda.get_device_name()}; copy {bandwidth / 1e12:.2f} TB/s; H {args.heads}, d {args.head_dim}"
+          + (f", keys {args.key_dim}" if args.key_dim != args.head_dim else ""),
           file=sys.stderr)
     log = open(args.json, "w") if args.json else None
     failed = False
@@ -217,7 +219,7 @@ def main():
         cases = [(int(s), 1) for s in args.sessions.split(",")] if task == "step" else [
             (int(s.split("x")[0]), count_by_1024(s.split("x")[1])) for s in args.shapes.split(",")]
         for batch, tokens in cases:
-            q, k, v = inputs_of(torch, (batch, tokens, args.heads, args.head_dim))
+            q, k, v = inputs_of(torch, batch, tokens, args.heads, args.key_dim, args.head_dim)
             runs, floor = runs_of(torch, task, forms, q, k, v, slopes, scale, not args.no_state)
             with torch.set_grad_enabled(task == "train"):
                 far = gate_far(torch, forms["everlong"], q, k, v, slopes, scale) \
@@ -230,8 +232,8 @@ def main():
             median = {n: statistics.median(t) for n, t in times.items()}
             fraction = floor / median["everlong"] / bandwidth
             line = {"pass": task, "batch": batch, "tokens": tokens, "heads": args.heads, "head_dim": args.head_dim,
-                    "layer_factor": factor, "clock_mhz": clock(), "bytes": floor, "copy_bandwidth": bandwidth,
-                    "fraction_of_ceiling": fraction, "relative_error_at_end": far}
+                    "key_dim": args.key_dim, "layer_factor": factor, "clock_mhz": clock(), "bytes": floor,
+                    "copy_bandwidth": bandwidth, "fraction_of_ceiling": fraction, "relative_error_at_end": far}
             for name in runs:
                 line[name] = {"seconds": median[name], "seconds_min": min(times[name]), "seconds_max": max(times[name]),
                               "rounds": len(times[name]), "relative_error": errors.get(name)}

@@ -132,6 +132,17 @@ __device__ inline void shared_writes_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// --- launches that follow each other -----------------------------------------------------------
+
+// Blocks of the next launch in the stream may start where there is room, if it asked for that.
+__device__ inline void let_next_launch_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+// Until the launch before has ended and all it wrote is there.
+__device__ inline void wait_for_launch_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // --- registers of a role -----------------------------------------------------------------------
 
 template <int kCount>

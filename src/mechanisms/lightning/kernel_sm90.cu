@@ -25,16 +25,17 @@ using Sizes = std::array<std::int64_t, 4>;
 
 // carried [units, parts, size]: of each part alone -> of all up to its end. Chunks of all but the
 // first part are full ones (against time, the short one is in the first). Grid (units, any).
-__global__ void add_up_parts(const __grid_constant__ Launch p) {
-  constexpr int kAtOnce = 8;  // loads in flight
+__global__ void __launch_bounds__(1024) add_up_all_parts(const __grid_constant__ Launch p) {
+  constexpr int kAtOnce = 16;  // loads in flight
   __shared__ float lost[kMaxRanges];
-  const int size = p.K * p.V, unit = static_cast<int>(blockIdx.x), last = p.parts - 1;
+  hopper::let_next_launch_start();
+  const int size = p.carried_size, unit = static_cast<int>(blockIdx.x), last = p.parts - 1;
   for (int part = static_cast<int>(threadIdx.x); part < last; part += blockDim.x) {
-    const std::int64_t chunks = p.chunks, from = chunks * part / p.parts,
-                       to = chunks * (part + 1) / p.parts;
-    lost[part] = expm1f(-p.slope[unit % p.heads] * static_cast<float>((to - from) * kChunk));
+    const int chunks = engine::chunks_before(p, part + 1) - engine::chunks_before(p, part);
+    lost[part] = expm1f(-p.slope[unit % p.heads] * static_cast<float>(chunks * kChunk));
   }
   __syncthreads();
+  hopper::wait_for_launch_before();
   float* carried = p.carried + static_cast<std::int64_t>(unit) * p.parts * size;
   for (int i = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x); i < size;
        i += static_cast<int>(gridDim.y * blockDim.x)) {
@@ -61,7 +62,7 @@ int processors() {
   return std::clamp(count, 1, kMaxRanges);
 }
 
-Launch make_launch(const Pass& pass, int value_blocks) {
+Launch make_launch(const Pass& pass, int keys, int values, int value_blocks) {
   const auto [B, T, H, K] = pass.sizes_BTHK;
   Launch p{};
   p.in = pass.in;
@@ -74,6 +75,7 @@ Launch make_launch(const Pass& pass, int value_blocks) {
   p.value_blocks = value_blocks;
   p.scale = static_cast<float>(pass.scale);
   p.carried = static_cast<float*>(pass.workspace);
+  p.carried_size = engine::groups_of(keys) * 64 * values * value_blocks;
   p.exact = pass.exact;
   for (std::size_t h = 0; h < pass.slope_H.size(); ++h)
     p.slope[h] = static_cast<float>(pass.slope_H[h]);
@@ -90,31 +92,77 @@ Launch make_launch(const Pass& pass, int value_blocks) {
   return p;
 }
 
+// Whether every block may add up the states of the parts before its own: each costs it as much as
+// reading one does.
+bool may_add_up(const Launch& p) {
+  constexpr int kMost = 4;
+  int most = 0;
+  for (int h = 0; h < p.heads; ++h)
+    most = std::max(most, p.parts - 1 - engine::first_part(p, p.parts - 1, p.slope[h]));
+  return most <= kMost;
+}
+
+struct Grid {
+  dim3 blocks;
+  int threads, shared_bytes;
+  cudaStream_t stream;
+};
+// overlaps: it may start before the launch before it has ended, for which it waits by itself.
+template <class Kernel, class... Arguments>
+cudaError_t start(Kernel kernel, const Grid& grid, bool overlaps, const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks;
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(grid.shared_bytes);
+  config.stream = grid.stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlaps ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// One block a processor: they start as those of the launch before end, and would else crowd where
+// that happens first.
+cudaError_t start_adding_up(const Launch& p, std::int64_t units, cudaStream_t on) {
+  constexpr int kMoreThanHalf = 120 * 1024;  // of a processor's shared memory
+  const cudaError_t error = cudaFuncSetAttribute(
+      add_up_all_parts, cudaFuncAttributeMaxDynamicSharedMemorySize, kMoreThanHalf);
+  if (error != cudaSuccess) return error;
+  const int blocks = std::max(1, processors() / static_cast<int>(units));  // of a unit
+  const int threads = std::min(1024, (p.carried_size / blocks + 127) / 128 * 128);
+  return start(add_up_all_parts,
+               {dim3(static_cast<unsigned>(units), static_cast<unsigned>(blocks)), threads,
+                kMoreThanHalf, on},
+               true, p);
+}
+
 // The kernel over all blocks; with parts, first for their states.
 template <class Shape, class Kernel, class... Arguments>
 cudaError_t launch(Kernel kernel, Launch p, std::int64_t units, void* stream,
                    const std::tuple<Arguments...>& arguments) {
   constexpr int kBytes = sizeof(typename Shape::Shared);
   const auto on = static_cast<cudaStream_t>(stream);
-  const cudaError_t error =
+  cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  const auto start = [&](std::int64_t blocks) {
-    std::apply(
-        [&](const auto&... argument) {
-          kernel<<<static_cast<unsigned>(blocks * p.value_blocks), Shape::kThreads, kBytes, on>>>(
-              argument..., p);
-        },
+  const auto start_all = [&](std::int64_t blocks, bool overlaps) {
+    if (error != cudaSuccess) return;
+    const Grid grid{dim3(static_cast<unsigned>(blocks * p.value_blocks)), Shape::kThreads, kBytes,
+                    on};
+    error = std::apply(
+        [&](const auto&... argument) { return start(kernel, grid, overlaps, argument..., p); },
         arguments);
   };
   if (p.parts > 1) {
     p.state_only = true;
-    start(units * (p.parts - 1));
+    start_all(units * (p.parts - 1), false);
     p.state_only = false;
-    add_up_parts<<<dim3(static_cast<unsigned>(units), 64), 256, 0, on>>>(p);
+    p.adds_up = may_add_up(p);
+    if (!p.adds_up && error == cudaSuccess) error = start_adding_up(p, units, on);
   }
-  start(p.ranges > 0 ? p.ranges : units * p.parts);
-  return cudaGetLastError();
+  start_all(p.ranges > 0 ? p.ranges : units * p.parts, p.parts > 1);
+  return error;
 }
 
 // Calls function(keys, values) with the padded dims as constants, for dims up to 128.
@@ -165,7 +213,7 @@ Status run_forward(const ConstTensorView& q_view, const ConstTensorView& k_view,
   EVERLONG_ASSIGN(const CUtensorMap v, cuda::tiles_of(v_view, kChunk, columns));
   EVERLONG_ASSIGN(const CUtensorMap o, cuda::tiles_of(o_view, engine::kOutRows, columns));
   const auto start = [&](auto keys, auto values, auto any, int value_blocks) {
-    Launch p = make_launch(pass, value_blocks);
+    Launch p = make_launch(pass, keys, values, value_blocks);
     p.silu_q = fused.silu_q, p.silu_k = fused.silu_k, p.silu_v = fused.silu_v;
     p.row_squares = fused.row_squares_BHT;
     return launch<engine::ForwardShape<keys, values, any>>(
@@ -220,8 +268,8 @@ Status run_gradients(const CudaBackward& call, const Pass& pass, void* stream) {
                   cuda::tiles_of(call.grad_k_BTHK, engine::kOutRows, columns));
   EVERLONG_ASSIGN(const CUtensorMap grad_v,
                   cuda::tiles_of(call.grad_v_BTHV, engine::kOutRows, columns));
-  const Launch p = make_launch(pass, 1);
-  return as_status(with_padded_dims(p.K, p.V, [&](auto keys, auto values) {
+  return as_status(with_padded_dims(pass.sizes_BTHK[3], pass.V, [&](auto keys, auto values) {
+    const Launch p = make_launch(pass, keys, values, 1);
     return launch<engine::Gradients<keys, values>>(
         engine::gradients_kernel<keys, values>, p, pass.sizes_BTHK[0] * pass.sizes_BTHK[2], stream,
         std::tuple(q, k, v, grad_o, grad_k, grad_v, output_rows(call.grad_k_BTHK),
@@ -289,7 +337,12 @@ std::int64_t cuda_workspace_bytes(std::int64_t sequences, std::int64_t heads, st
                                   std::int64_t value_dim) {
   const std::int64_t units = sequences * heads;
   const std::int64_t most = units >= processors() ? 0 : 2 * processors() + units;
-  return 4 * most * key_dim * value_dim;
+  // As the engine pads them.
+  const auto padded = [&](std::int64_t dim) {
+    const std::int64_t block = std::max(key_dim, value_dim) <= 64 ? 64 : 128;
+    return (dim + block - 1) / block * block;
+  };
+  return 4 * most * padded(key_dim) * padded(value_dim);
 }
 
 }  // namespace everlong::lightning

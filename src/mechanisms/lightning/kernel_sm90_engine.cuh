@@ -200,7 +200,7 @@ struct Forward {
     Segment s;
     for (bool has_more = walk.next(s); has_more;) {
       float sum[kValues / 2];
-      read_state(sum, start_of(p, s), first_row, p);
+      read_start(sum, s, first_row, p);
       Weights<kReverse> weights;
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
         if constexpr (kFused)
@@ -218,7 +218,7 @@ struct Forward {
         __syncwarp();  // every lane has read
         if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
       }
-      const StateRows end = end_of(p, s);
+      const Segment ended = s;
       if constexpr (kFused) {
         // O goes on with the next segment while this one's state is written.
         has_more = walk.next(s);
@@ -229,13 +229,14 @@ struct Forward {
           show(zero);
         }
       }
-      write_state(sum, end, first_row, p);
+      write_end(sum, ended, first_row, p);
       if constexpr (!kFused) has_more = walk.next(s);
     }
   }
 
   __device__ static void run(const Maps& maps, const OutputRows& o, const Launch& p,
                              Shared& shared) {
+    if (p.state_only) let_next_launch_start();
     if (threadIdx.x == 0)
       shared.barriers.init(kFused ? 3 + 4 * kStateGroups : 1, 4 * (1 + kStateGroups),
                            4 * kStateGroups, 4);

@@ -144,9 +144,8 @@ struct Gradients {
     Walk walk(p);
     for (Segment s; walk.next(s);) {
       float low[kValues / 2], high[kValues / 2];  // rows 0 to 63 of R, and 64 to 127
-      const StateRows from = start_of(p, s);
-      read_state(low, from, 0, p);
-      if constexpr (kTwo) read_state(high, from, 64, p);
+      read_start(low, s, 0, p);
+      if constexpr (kTwo) read_start(high, s, 64, p);
       Weights<true> weights;
       for (int chunk = s.begin; chunk < s.last; ++chunk, ring.next()) {
         if (chunk >= s.first) {
@@ -167,17 +166,15 @@ struct Gradients {
         __syncwarp();  // every lane has read
         if (lane == 0) barrier_arrive(&shared.barriers.empty[ring.stage]);
       }
-      const StateRows to = end_of(p, s);
-      write_state(low, to, 0, p);
-      if constexpr (kTwo) write_state(high, to, 64, p);
+      write_end(low, s, 0, p);
+      if constexpr (kTwo) write_end(high, s, 64, p);
     }
   }
 
   __device__ static void run(const Maps& maps, const OutputRows& grad_k, const OutputRows& grad_v,
                              const Launch& p, Shared& shared) {
-    if (threadIdx.x == 0) {
-      shared.barriers.init(1, 12, 4, 8);
-    }
+    if (p.state_only) let_next_launch_start();
+    if (threadIdx.x == 0) shared.barriers.init(1, 12, 4, 8);
     __syncthreads();
     const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
     if (role == 0) {

@@ -76,6 +76,68 @@ __device__ __forceinline__ void write_state(const float (&sum)[kCount], const St
       [&](int i, float2* at) { *at = make_float2(sum[i], sum[i + 1]); });
 }
 
+// This thread's accumulators of rows first_row .. + 63 of a part's state, in fours that lie
+// kWarpgroup apart.
+template <int kCount>
+__device__ __forceinline__ float4* carried_of(const Launch& p, const Segment& s, int part,
+                                              int first_row) {
+  const int value_block = first_value<2 * kCount>(p) / (2 * kCount);
+  const std::int64_t state = static_cast<std::int64_t>(s.unit) * p.parts + part;
+  float* const rows = p.carried + state * p.carried_size +
+                      p.carried_size / p.value_blocks * value_block + first_row * (2 * kCount);
+  return reinterpret_cast<float4*>(rows) + threadIdx.x % kWarpgroup;
+}
+
+// The state that a segment starts from. Of parts that hold what they come to by themselves it adds
+// up those before its own: chunks of all but the first are full ones (against time, the short one
+// is in the first).
+template <int kCount>
+__device__ __forceinline__ void read_start(float (&sum)[kCount], const Segment& s, int first_row,
+                                           const Launch& p) {
+  if (!starts_from_parts(p, s)) {
+    read_state(sum, start_of(p, s), first_row, p);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
+  wait_for_launch_before();
+#pragma unroll 1
+  for (int part = p.adds_up ? first_part(p, s.part, s.slope) : s.part - 1; part < s.part; ++part) {
+    const int tokens = (chunks_before(p, part + 1) - chunks_before(p, part)) * kChunk;
+    const float lost = expm1f(-s.slope * static_cast<float>(tokens));
+    const float4* const at = carried_of<kCount>(p, s, part, first_row);
+    constexpr int kAtOnce = kCount % 32 == 0 ? 8 : 4;  // loads in flight
+#pragma unroll
+    for (int first = 0; first < kCount / 4; first += kAtOnce) {
+      float4 own[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) own[j] = __ldcg(at + (first + j) * kWarpgroup);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        float* const to = &sum[4 * (first + j)];
+        to[0] += fmaf(to[0], lost, own[j].x);
+        to[1] += fmaf(to[1], lost, own[j].y);
+        to[2] += fmaf(to[2], lost, own[j].z);
+        to[3] += fmaf(to[3], lost, own[j].w);
+      }
+    }
+  }
+}
+
+// The state that it ends with, where that is wanted.
+template <int kCount>
+__device__ __forceinline__ void write_end(const float (&sum)[kCount], const Segment& s,
+                                          int first_row, const Launch& p) {
+  if (!p.state_only) {
+    write_state(sum, end_of(p, s), first_row, p);
+    return;
+  }
+  float4* const at = carried_of<kCount>(p, s, s.part, first_row);
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i)
+    at[i * kWarpgroup] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+}
+
 // As bf16 into panels `panel_bytes` apart; this warp's first row lies at `rows` (a multiple of 16
 // in its panel).
 template <class Panel, int kCount>

@@ -47,11 +47,15 @@ struct Launch {
   // ranges > 0: block i takes [cut[i], cut[i+1]) of the line, and warms its state up where that
   // starts within a unit. Else each unit is cut into `parts`, a block takes one of them: first all
   // but the last part, where only the state is wanted, from nothing; later each part from the state
-  // that `carried` [units, parts, K, V] then holds. The first is not needed when parts = 1.
+  // that `carried` [units, parts, carried_size] then holds. The first is not needed when parts = 1.
   int ranges, parts;
   int value_blocks;        // neighbouring blocks take the columns of V in turn, of the same chunks
   bool state_only, exact;  // exact: a part's own state is made from all its chunks
-  float* carried;
+  // carried holds what each part comes to by itself, from a launch that may not have ended yet; a
+  // block adds up those that reach its own part.
+  bool adds_up;
+  float* carried;  // states as a warpgroup's accumulators (kernel_sm90_parts.cuh)
+  int carried_size;
   // Of the forward pass alone: q, k, v become x / (1 + exp(-x)) as they are read; null or
   // [B, H, T]: sums of o^2 over a row, before it is rounded.
   bool silu_q, silu_k, silu_v;
@@ -69,6 +73,19 @@ struct Segment {
   float slope;
 };
 
+// The chunks of a unit before a part.
+inline __host__ __device__ int chunks_before(const Launch& p, int part) {
+  return static_cast<int>(static_cast<std::int64_t>(p.chunks) * part / p.parts);
+}
+// The first part that reaches the start of `part`.
+inline __host__ __device__ int first_part(const Launch& p, int part, float slope) {
+  if (p.exact) return 0;
+  const int start = chunks_before(p, part), warm = warm_chunks(slope);
+  int first = part;
+  while (first > 0 && start - chunks_before(p, first) < warm) --first;
+  return first;
+}
+
 class Walk {
  public:
   __device__ explicit Walk(const Launch& launch) : p(launch) {
@@ -81,9 +98,8 @@ class Walk {
     }
     const int blocks = p.state_only ? p.parts - 1 : p.parts, unit = block / blocks;
     part_ = block % blocks;
-    const std::int64_t chunks = p.chunks;
-    position_ = unit * p.chunks + static_cast<int>(chunks * part_ / p.parts);
-    end_ = unit * p.chunks + static_cast<int>(chunks * (part_ + 1) / p.parts);
+    position_ = unit * p.chunks + chunks_before(p, part_);
+    end_ = unit * p.chunks + chunks_before(p, part_ + 1);
   }
   __device__ bool next(Segment& s) {
     if (position_ >= end_) return false;
@@ -160,23 +176,20 @@ struct Ring {
   }
 };
 
-__device__ __forceinline__ StateRows carried_rows(const Launch& p, const Segment& s, int part) {
-  const std::int64_t size = static_cast<std::int64_t>(p.K) * p.V;
-  return {p.carried + (static_cast<std::int64_t>(s.unit) * p.parts + part) * size, 0, 0, p.V, 1};
+// Whether a segment starts from what `carried` holds.
+__device__ __forceinline__ bool starts_from_parts(const Launch& p, const Segment& s) {
+  return s.part > 0 && !p.state_only;
 }
-// The state that a segment starts from, and where the one it ends with goes; data null: neither.
-__device__ __forceinline__ StateRows start_of(const Launch& p, const Segment& s) {
-  StateRows rows = p.in;
-  if (s.begin > 0)
-    rows = p.ranges > 0 || p.state_only ? StateRows{} : carried_rows(p, s, s.part - 1);
+// Else the state that it starts from, and where the one it ends with goes; data null: neither.
+__device__ __forceinline__ StateRows of_segment(StateRows rows, const Segment& s) {
   if (rows.data != nullptr) rows.data += s.sequence * rows.sequence + s.head * rows.head;
   return rows;
+}
+__device__ __forceinline__ StateRows start_of(const Launch& p, const Segment& s) {
+  return s.begin > 0 ? StateRows{} : of_segment(p.in, s);
 }
 __device__ __forceinline__ StateRows end_of(const Launch& p, const Segment& s) {
-  StateRows rows = p.state_only ? carried_rows(p, s, s.part) : p.out;
-  if (!p.state_only && s.last != s.chunks) rows = StateRows{};
-  if (rows.data != nullptr) rows.data += s.sequence * rows.sequence + s.head * rows.head;
-  return rows;
+  return s.last < s.chunks ? StateRows{} : of_segment(p.out, s);
 }
 
 // Past the end of a packed sequence lies the next one: there the rows of a stage are cleared (0
